@@ -1,0 +1,40 @@
+"""`gpuksm estimate`: what a scan would save, found by reading only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from gpuksm.cli import _options, _output
+from gpuksm.targets import Selection
+
+if TYPE_CHECKING:
+    from gpuksm.scan import ScanOptions
+
+
+@click.command()
+@_options.targets
+@click.option(
+    "--same-layout",
+    is_flag=True,
+    help="Also say what more would be equal had the processes been started by `gpuksm exec --same-layout`.",
+)
+@_options.json_flag
+def command(selection: Selection, same_layout: bool, as_json: bool) -> None:
+    """Say what a scan of the TARGETS would save now, without attaching to or changing anything."""
+    from gpuksm.scan import ScanOptions
+
+    run(selection, ScanOptions(), as_json, same_layout=same_layout)
+
+
+def run(selection: Selection, options: ScanOptions, as_json: bool, *, same_layout: bool = False) -> None:
+    """Estimate and print; also what `gpuksm scan --dry-run` does.  Starts no guard."""
+    from gpuksm import targets
+    from gpuksm.report import json, progress, text
+    from gpuksm.scan import run_estimate
+
+    requests = targets.resolve(selection)
+    with progress.bar() as bar:
+        result = run_estimate(requests, options, bar, same_layout=same_layout)
+    _output.show(json.as_object(result), text.estimate, as_json)

@@ -1,0 +1,258 @@
+"""The client's end of the control socket: finds the guard, starts it, asks it.
+
+`GuardClient.connect` looks for the guard of this user in the runtime folder and,
+when asked to, starts one: detached from terminal, session, working directory and
+every inherited descriptor, so that a script which reads a scan's output sees its
+end.  A lock file in the folder keeps two clients from starting two guards.  The
+folder must be a real directory of this user that nobody else can write to;
+anything else is refused, because whoever owns it could answer in the guard's
+place.  Stdlib only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gpuksm import errors, wire
+
+START_SECONDS = 15.0
+# Unmerging a full node is one request; anything longer than this is a hang.
+REPLY_SECONDS = 600.0
+
+# The package may live outside of the isolated interpreter's path (a checkout):
+# then it is appended, and handed on to the guard that the keeper starts.  The
+# first fork lets the keeper be nobody's child; its pid is all that is printed.
+_BOOTSTRAP = """\
+import os, sys
+child = os.fork()
+if child:
+    os.write(1, str(child).encode())
+    os._exit(0)
+os.dup2(2, 1)
+import runpy
+root = sys.argv.pop(1)
+os.environ["PYTHONSAFEPATH"] = "1"
+if root not in sys.path:
+    sys.path.append(root)
+    os.environ["PYTHONPATH"] = root
+runpy.run_module("gpuksm.guard.keeper", run_name="__main__", alter_sys=True)
+"""
+
+
+def runtime_dir() -> Path:
+    """The folder of this user's guard: socket, lock and log.  Nothing is created."""
+    override = os.environ.get("GPUKSM_RUNTIME_DIR")
+    if override:
+        return Path(override).absolute()
+    uid = os.geteuid()
+    # Root never follows XDG_RUNTIME_DIR: under sudo it may still be the caller's.
+    base = "/run" if uid == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and os.path.isabs(base) and os.access(base, os.W_OK | os.X_OK):
+        return Path(base) / "gpuksm"
+    return Path(f"/tmp/gpuksm-{uid}")
+
+
+def ensure_runtime_dir(folder: Path) -> None:
+    """Create `folder` (0700) where it is missing; raises GuardError when it is not safe to use."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError:
+        pass  # not a directory: check_runtime_dir says so
+    except OSError as error:
+        raise errors.GuardError(f"cannot create {folder}: {error.strerror}") from None
+    check_runtime_dir(folder)
+
+
+def check_runtime_dir(folder: Path) -> None:
+    """Raise GuardError unless `folder` is a real directory that only this user can write to."""
+    try:
+        handle = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        raise errors.GuardError(
+            f"{folder} is not a directory (or a symbolic link): remove it or set GPUKSM_RUNTIME_DIR"
+        ) from None
+    try:
+        found = os.fstat(handle)
+    finally:
+        os.close(handle)
+    if found.st_uid != os.geteuid():
+        raise errors.GuardError(f"{folder} belongs to uid {found.st_uid}: set GPUKSM_RUNTIME_DIR")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise errors.GuardError(f"others can write to {folder}: chmod 700 it or set GPUKSM_RUNTIME_DIR")
+
+
+class GuardClient:
+    """One connection to the guard; requests are answered in order.
+
+    `attach` takes the guard's scan lock, which is held until `close`.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @classmethod
+    def find(cls) -> Self | None:
+        """A connection to this user's guard, or None when none runs.
+
+        Raises GuardError when the runtime folder is not safe.
+        """
+        sock = _connect(runtime_dir())
+        return None if sock is None else cls(sock)
+
+    @classmethod
+    def connect(cls, start: bool) -> Self:
+        """Connect to this user's guard, starting one if `start` and none runs.
+
+        Raises GuardError when there is none, or it does not come up in time, or
+        the runtime folder is not safe.
+        """
+        if start:
+            folder = runtime_dir()
+            ensure_runtime_dir(folder)
+            return cls(_connect(folder) or _start(folder))
+        found = cls.find()
+        if found is None:
+            raise errors.GuardError("no guard is running: nothing is registered or merged")
+        return found
+
+    def request(
+        self, op: str, payload: bytes | bytearray | memoryview = b"", **fields: Any
+    ) -> tuple[dict[str, Any], bytearray]:
+        """Send `op` with its fields and payload; returns (reply, payload of the reply).
+
+        Raises the class of gpuksm.errors that the reply names, GuardError when
+        the connection fails or no reply comes within REPLY_SECONDS.
+        """
+        try:
+            wire.send(self._sock, {"op": op, **fields}, payload)
+            reply, data = wire.receive(self._sock)
+        except TimeoutError:
+            self.close()
+            raise errors.GuardError(f"the guard did not answer '{op}' in {REPLY_SECONDS:.0f} s") from None
+        except (OSError, wire.WireError) as error:
+            self.close()
+            raise errors.GuardError(f"lost the guard during '{op}': {error}; run the command again") from None
+        if "error" in reply:
+            raise _named_error(reply)
+        return reply, data
+
+    def close(self) -> None:
+        """Close the connection; the guard drops the scan lock it may have held."""
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _named_error(reply: dict[str, Any]) -> errors.GpuksmError:
+    kind = getattr(errors, str(reply["error"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.GpuksmError)):
+        kind = errors.GuardError
+    return kind(str(reply.get("message", reply["error"])))
+
+
+def _connect(folder: Path) -> socket.socket | None:
+    """A connection to the guard that listens in `folder`; None when there is none."""
+    try:
+        check_runtime_dir(folder)
+    except FileNotFoundError:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(REPLY_SECONDS)
+    try:
+        sock.connect(str(folder / "guard.sock"))
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise errors.GuardError(f"cannot connect to {folder}/guard.sock: {error}") from None
+    return sock
+
+
+@contextlib.contextmanager
+def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise errors.GuardError(f"another client holds {folder}/lock") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _start(folder: Path) -> socket.socket:
+    """Start a keeper (which starts the guard) and return a connection to it."""
+    deadline = time.monotonic() + START_SECONDS
+    with _start_lock(folder, deadline):
+        sock = _connect(folder)
+        if sock is not None:
+            return sock
+        log = folder / "guard.log"
+        keeper = _spawn_keeper(folder, log)
+        try:
+            while time.monotonic() < deadline:
+                sock = _connect(folder)
+                if sock is not None:
+                    return sock
+                if keeper is None or select.select([keeper], [], [], 0.01)[0]:
+                    raise errors.GuardError(f"the guard did not start: {_last_line(log)}")
+        finally:
+            if keeper is not None:
+                os.close(keeper)
+        raise errors.GuardError(f"the guard did not listen in {START_SECONDS:.0f} s; see {log}")
+
+
+def _spawn_keeper(folder: Path, log: Path) -> int | None:
+    """Start the keeper detached; a pidfd of it, or None when it is already gone."""
+    root = str(Path(__file__).resolve().parent.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(log, flags, 0o600), "wb") as output:
+        started = subprocess.run(
+            [sys.executable, "-I", "-c", _BOOTSTRAP, root, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            cwd="/",
+            start_new_session=True,
+            check=False,
+        )
+    if not started.stdout:
+        return None
+    try:
+        return os.pidfd_open(int(started.stdout))
+    except ProcessLookupError:
+        return None
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), f"see {log}")

@@ -1,0 +1,327 @@
+"""Which processes and which VMAs may be merged, and why not.
+
+Both the guard (before it attaches) and the scanner (for estimates) ask here.
+The rules only look; nothing is stopped or changed.  Everything is an allow-list:
+a descriptor or flag that is not known to be harmless is a reason to skip, since
+a device that writes into a pinned page leaves no trace in the page tables.
+Stdlib only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat as statlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from gpuksm.errors import GpuksmError, NoSuchProcess, NotPermitted, TargetGone, Unsupported
+from gpuksm.linux import procfs
+from gpuksm.linux._libc import PAGE_SIZE
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+STORE_PATH = "/memfd:gpuksm"
+MERGED = "merged"
+
+_ELF_CLASS_64 = 2
+_HARMLESS_LINK = re.compile(
+    r"(pipe:|anon_inode:(\[(eventfd|eventpoll|timerfd|signalfd|fanotify|pidfd|perf_event)\]|inotify$|bpf[-_])"
+    r"|pidfd:|(net|mnt|pid|uts|ipc|user|cgroup|time)(_for_children)?:\[)"
+)
+# Protocols that copy: not XDP (shares memory with a network card), RDS or SMC.
+_HARMLESS_SOCKETS = re.compile(
+    r"((TCP|MPTCP|UDP|RAW|PING|SCTP)(v6)?|UDP-Lite|UDPLITEv6|UNIX(-STREAM)?|NETLINK|PACKET|AF_VSOCK|KEY|ALG)"
+)
+# Documentation/admin-guide/devices.txt: null, zero, full, random, urandom, kmsg; tty, console, ptmx.
+_HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2)])
+_TTY_MAJORS = frozenset([4, *range(136, 144)])
+
+
+class Region(NamedTuple):
+    """Page-aligned bytes [start, end) of plain anonymous memory; `prot` as in mmap(2)."""
+
+    start: int
+    end: int
+    prot: int
+
+
+def process_reason(
+    pid: int, *, named: bool, allow_seccomp: bool = False, allow_direct_io: bool = False
+) -> GpuksmError | None:
+    """Why process `pid` is not merged, as an error that says what to do, or None when it may be.
+
+    `named` is true for a process that the user named (--pid, --tree, exec,
+    registration), false for one found by a pattern.
+    """
+    try:
+        return (
+            _identity_reason(pid)
+            or _permission_reason(pid)
+            or _thread_reason(pid, allow_seccomp)
+            or _program_reason(pid, named)
+            or _pinning_reason(pid, allow_direct_io)
+        )
+    except TargetGone:
+        return NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run")
+    except NotPermitted:
+        return _no_permission(pid)
+
+
+def is_own(pid: int) -> bool:
+    """Whether process `pid` is this process or a part of gpuksm (guard, keeper, scanner)."""
+    if pid == os.getpid():
+        return True
+    comm = procfs.stat(pid).comm
+    if comm == "gpuksm" or comm.startswith("gpuksm "):
+        return True
+    arguments = procfs.command_line(pid)
+    modules = [name for flag, name in itertools.pairwise(arguments[:5]) if flag == "-m"]
+    if any(name in ("gpuksm", "gpuksm.cli") or name.startswith("gpuksm.guard") for name in modules):
+        return True
+    return any(os.path.basename(word) == "gpuksm" or word.startswith("gpuksm ") for word in arguments[:2])
+
+
+def _identity_reason(pid: int) -> GpuksmError | None:
+    stat = procfs.stat(pid)
+    if stat.flags & procfs.PF_KTHREAD:
+        return Unsupported(f"process {pid} ({stat.comm}) is a kernel thread; it has no memory to merge")
+    if pid == 1:
+        return Unsupported("process 1 (init) is never merged; name the processes below it instead")
+    if is_own(pid):
+        return Unsupported(f"process {pid} is gpuksm itself; leave it out")
+    if stat.state in "ZX":
+        return Unsupported(f"process {pid} ({stat.comm}) has ended and waits to be reaped; leave it out")
+    return None
+
+
+def _no_permission(pid: int) -> GpuksmError:
+    return NotPermitted(
+        f"no permission to trace process {pid}; run as root, or with Yama ptrace_scope=1 "
+        "start it by `gpuksm exec -- CMD` or have it register itself"
+    )
+
+
+def _permission_reason(pid: int) -> GpuksmError | None:
+    uids = set(procfs.status(pid)["Uid"].split()[:3])
+    me = str(os.geteuid())
+    if me != "0" and uids != {me}:
+        return NotPermitted(
+            f"process {pid} belongs to another user (uid {min(uids)}); run gpuksm as that user or as root"
+        )
+    if procfs.owner(pid) == 0 and "0" not in uids:
+        return Unsupported(f"process {pid} has made itself non-dumpable to protect its memory; leave it out")
+    if not procfs.may_attach(pid):
+        return _no_permission(pid)
+    if procfs.user_namespace(pid) != procfs.user_namespace(os.getpid()):
+        return Unsupported(f"process {pid} runs in another user namespace; run gpuksm inside of it")
+    return None
+
+
+def _thread_reason(pid: int, allow_seccomp: bool) -> GpuksmError | None:
+    for tid in procfs.threads(pid):
+        try:
+            status = procfs.thread_status(pid, tid)
+        except TargetGone:
+            continue
+        tracer = int(status.get("TracerPid", "0"))
+        if tracer and not _is_guard(tracer):
+            return Unsupported(
+                f"process {pid} is traced by process {tracer} (a debugger?); detach that first"
+            )
+        seccomp = status.get("Seccomp", "0")
+        if seccomp == "1" or (seccomp != "0" and not allow_seccomp):
+            return Unsupported(
+                f"process {pid} has seccomp filters that could kill it when gpuksm attaches; "
+                "if you know that they let mmap and clone pass: --allow-seccomp"
+            )
+    return None
+
+
+def _is_guard(pid: int) -> bool:
+    try:
+        return is_own(pid)
+    except (TargetGone, NotPermitted):
+        return False
+
+
+def _program_reason(pid: int, named: bool) -> GpuksmError | None:
+    head = procfs.executable_head(pid)
+    if head[:4] != b"\x7fELF" or head[4] != _ELF_CLASS_64:
+        return Unsupported(f"process {pid} is not a 64-bit program; only those can be merged")
+    status = procfs.status(pid)
+    capable = any(int(status.get(field, "0"), 16) for field in ("CapPrm", "CapEff"))
+    if capable and not named:
+        return Unsupported(f"process {pid} has capabilities; name it by --pid {pid} if it is to be merged")
+    return None
+
+
+def _pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
+    advice = "devices may write to its memory unseen; if you know that none does: --allow-direct-io"
+    if not allow_direct_io:
+        pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
+        if pinned != "0":
+            return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
+        if any(vma.path.startswith("/[aio]") for vma in procfs.maps(pid)):
+            return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
+    for table in _descriptor_tables(pid):
+        targets = procfs.fd_targets(table)
+        if table != pid and any(link.startswith(STORE_PATH) for link in targets.values()):
+            continue  # the agent: nobody else holds the store
+        for fd, link in sorted(targets.items()):
+            if link == "anon_inode:[userfaultfd]":
+                return Unsupported(f"process {pid} uses userfaultfd itself; leave it out")
+            try:
+                harmless = allow_direct_io or _harmless_descriptor(table, fd, link)
+            except TargetGone:
+                continue  # closed meanwhile
+            if not harmless:
+                return Unsupported(f"process {pid} has descriptor {fd} open on {link!r}; {advice}")
+    return None
+
+
+def _descriptor_tables(pid: int) -> Iterator[int]:
+    """The process, and every thread with descriptors that the process does not have.
+
+    A thread may have a table of its own (unshare(CLONE_FILES)).
+    """
+    yield pid
+    known = procfs.fd_numbers(pid)
+    for tid in procfs.threads(pid):
+        try:
+            if not procfs.fd_numbers(tid) <= known:
+                yield tid
+        except TargetGone:
+            continue
+
+
+def _harmless_descriptor(pid: int, fd: int, link: str) -> bool:
+    """Whether nothing behind this descriptor writes to the process's memory past its page tables.
+
+    io_uring never is: provided-buffer rings and rings in user memory are pinned
+    and written to without a trace in fdinfo or VmPin.
+    """
+    if _HARMLESS_LINK.match(link):
+        return True
+    if link.startswith("socket:"):
+        return _HARMLESS_SOCKETS.fullmatch(procfs.socket_protocol(pid, fd)) is not None
+    if not link.startswith("/") or link.startswith("/dmabuf:"):
+        return False
+    info = procfs.fd_mode(pid, fd)
+    kind = statlib.S_IFMT(info.st_mode)
+    if kind == statlib.S_IFCHR:
+        device = (os.major(info.st_rdev), os.minor(info.st_rdev))
+        return device in _HARMLESS_DEVICES or device[0] in _TTY_MAJORS
+    if kind in (statlib.S_IFDIR, statlib.S_IFIFO, statlib.S_IFLNK):
+        return True
+    if kind in (statlib.S_IFREG, statlib.S_IFBLK):
+        flags = re.search(r"^flags:\s*([0-7]+)$", procfs.fdinfo(pid, fd), re.MULTILINE)
+        return flags is not None and not int(flags[1], 8) & os.O_DIRECT
+    return False
+
+
+# VmFlags that rule a VMA out, in the order they are tried (Documentation/filesystems/proc.rst).
+_FLAG_REASONS = (
+    ("ht", "hugetlb"),
+    ("sh", "shared"),
+    ("io", "device"),
+    ("pf", "device"),
+    ("mm", "device"),
+    ("lo", "locked"),
+    ("lf", "locked"),
+    ("gd", "stack"),
+    ("ss", "shadow stack"),
+    ("ex", "executable"),
+    ("wf", "wipe-on-fork"),
+    ("dd", "dont-dump"),
+    ("dc", "dont-fork"),  # memory registered with RDMA, and the agent's own
+    ("dp", "droppable"),
+    ("sl", "sealed"),
+    ("um", "userfaultfd"),
+    ("ui", "userfaultfd"),
+)
+
+
+def vma_reason(entry: procfs.SmapsVma, *, tracked: bool = False) -> str | None:
+    """Why no page of this VMA is merged, in one or two words, or None.
+
+    PROT_NONE and read-only memory is eligible.  `tracked` says that the guard
+    is attached, so that write tracking on the VMA is its own.
+    """
+    vma, flags = entry.vma, entry.flags
+    if vma.path.startswith(STORE_PATH):
+        return MERGED
+    if vma.path.startswith(("[vdso", "[vvar", "[vsyscall", "[uprobes")):
+        return "kernel"
+    if vma.perms[3] == "s":
+        return "shared"
+    for flag, reason in _FLAG_REASONS:
+        if flag in flags:
+            return reason
+    if vma.path.startswith("[stack"):
+        return "stack"
+    if entry.protection_key:
+        return "protection key"
+    if "uw" in flags and not tracked:
+        return "userfaultfd"
+    if vma.inode or vma.path.startswith("/") or vma.dev.strip("0") != ":":
+        return "file-backed"
+    return None
+
+
+def _resident(entry: procfs.SmapsVma, reason: str) -> int:
+    if reason == "hugetlb":
+        return entry.hugetlb
+    private_file = entry.vma.inode and entry.vma.perms[3] == "p"
+    return entry.anonymous if private_file else entry.rss
+
+
+def _cut(start: int, end: int, ranges: Sequence[tuple[int, int]] | None) -> Iterator[tuple[int, int]]:
+    if ranges is None:
+        yield start, end
+        return
+    for low, high in ranges:
+        inside = max(start, -(-low // PAGE_SIZE) * PAGE_SIZE), min(end, high // PAGE_SIZE * PAGE_SIZE)
+        if inside[0] < inside[1]:
+            yield inside
+
+
+def _merged_ranges(ranges: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+    if ranges is None:
+        return None
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], high)
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def regions(
+    pid: int, ranges: Sequence[tuple[int, int]] | None = None, *, tracked: bool = False
+) -> tuple[list[Region], dict[str, int]]:
+    """The regions of process `pid` that may be merged, in address order, and what is left out.
+
+    `ranges` (bytes, from registration) limits them to the page-aligned insides.
+    The second value counts, by reason, resident pages of VMAs that are left out
+    (of files only those the process has written to; merged memory is not left
+    out).  Raises TargetGone and NotPermitted.
+    """
+    wanted = _merged_ranges(ranges)
+    found: list[Region] = []
+    skipped: dict[str, int] = {}
+    for entry in procfs.smaps(pid):
+        vma = entry.vma
+        parts = list(_cut(vma.start, vma.end, wanted))
+        if not parts:
+            continue
+        reason = vma_reason(entry, tracked=tracked)
+        if reason is None:
+            prot = PROT_READ * (vma.perms[0] == "r") | PROT_WRITE * (vma.perms[1] == "w")
+            found.extend(Region(start, end, prot) for start, end in parts)
+            continue
+        pages = min(_resident(entry, reason), sum(end - start for start, end in parts)) // PAGE_SIZE
+        if pages and reason != MERGED:
+            skipped[reason] = skipped.get(reason, 0) + pages
+    return found, skipped

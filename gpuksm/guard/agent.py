@@ -1,0 +1,240 @@
+"""Talking to the agent, the helper thread inside a target that performs our system calls.
+
+What must hold (docs/hazards.md 9, 10):
+- The agent performs an entry only after it has claimed it (one token of an
+  eventfd semaphore) and has seen that our end of its socket is open.  A linked
+  entry follows the one before it whatever has become of us, so that "replace,
+  then register" cannot be cut in the middle by our death.
+- We take back what is unclaimed by draining the tokens, and a target is thawed
+  only when everything that was claimed is done.  Where that cannot be had (the
+  target was stopped by SIGSTOP in mid-table), `AgentStuck` is raised and the
+  target stays frozen until `settled()`.
+- Our end of the socket is never duplicated and never handed on.
+- The control block is reached through the agent's own thread id: after exec the
+  process id means another address space, the agent's thread is gone.
+
+If we die at any line here: the socket closes before the target's threads are let
+go, the agent finishes the entry that it is in (and what is linked to it) and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+
+from gpuksm.errors import TargetGone
+from gpuksm.linux import census, vm
+from gpuksm.linux.memory import PageBuffer
+
+TABLE_OFFSET = 4096
+TABLE_ENTRIES = 4000
+AUX_OFFSET = 0x41000
+AUX_BYTES = 0xE000
+_ENTRY_BYTES = 64
+_ENTRY = struct.Struct("<IIqQQQQQQ")
+_LINKED = 1
+_U64 = (1 << 64) - 1
+_DONE_OFFSET = 32
+_SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
+WAIT_NS = 2_000_000_000
+_LATE_NS = 50_000_000  # an acknowledgement that a cancelled request still owes
+
+
+class AgentStuck(Exception):
+    """The agent holds a claimed entry and does not finish it; the target must stay frozen."""
+
+
+class Table:
+    """System calls for the agent, in order; `add` returns the index of the entry's result."""
+
+    def __init__(self) -> None:
+        self.entries = bytearray()
+        self.aux = bytearray()
+        self.unlinked = 0
+
+    def __len__(self) -> int:
+        return len(self.entries) // _ENTRY_BYTES
+
+    def add(self, number: int, *arguments: int, linked: bool = False) -> int:
+        padded = [argument & _U64 for argument in arguments] + [0] * (6 - len(arguments))
+        self.entries += _ENTRY.pack(0, _LINKED if linked else 0, number, *padded)
+        self.unlinked += not linked
+        return len(self) - 1
+
+    def room(self, entries: int, aux_bytes: int) -> bool:
+        """True when this many more entries and auxiliary bytes fit."""
+        return len(self) + entries <= TABLE_ENTRIES and len(self.aux) + aux_bytes <= AUX_BYTES
+
+
+class Agent:
+    """The agent of one target: its thread id, control block and socket."""
+
+    def __init__(self, pid: int, tid: int, block: int, sock: socket.socket) -> None:
+        self.pid = pid
+        self.tid = tid
+        self.block = block
+        self.sock = sock
+        self.tokens = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+        self.claims = False  # true once the agent has the eventfd
+        self._done = 0
+        self._owed = 0  # requests whose acknowledgement has not been read
+        self._pending: tuple[int, int] | None = None  # entries, claimable groups of a stuck request
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def aux_address(self, table: Table, data: bytes) -> int:
+        """Put `data` beside `table` in the control block; its address in the target."""
+        address = self.block + AUX_OFFSET + len(table.aux)
+        table.aux += data + bytes(-len(data) % 8)
+        return address
+
+    def call(self, number: int, *arguments: int) -> int:
+        """One system call in the target; its result, OSError when it failed."""
+        table = Table()
+        table.add(number, *arguments)
+        (result,) = self.perform(table)
+        if result < 0:
+            raise OSError(-result, f"system call {number} in process {self.pid}: {os.strerror(-result)}")
+        return result
+
+    def perform(self, table: Table, wait_ns: int = WAIT_NS) -> list[int]:
+        """Run `table`; the results in order, -ECANCELED (-125) for entries taken back at the deadline.
+
+        Raises TargetGone, AgentStuck.
+        """
+        if not len(table):
+            return []
+        self.start(table)
+        return self.finish(table, wait_ns)
+
+    def start(self, table: Table) -> None:
+        """Hand `table` to the agent without waiting; `finish` must follow."""
+        if not self.settled() or (self._owed and not self._acknowledged(_LATE_NS)):
+            raise AgentStuck(f"the agent of process {self.pid} is still busy")
+        self._write(table)
+        if self.claims:
+            os.eventfd_write(self.tokens, table.unlinked)
+        try:
+            self.sock.sendall(struct.pack("<Q", len(table)))
+        except OSError:
+            self._drain()
+            raise TargetGone(f"the agent of process {self.pid} is gone") from None
+        self._owed += 1
+
+    def finish(self, table: Table, wait_ns: int = WAIT_NS) -> list[int]:
+        """Wait for what `start` began; see `perform`."""
+        count = performed = len(table)
+        if not self._acknowledged(wait_ns):
+            performed = self._cancel(table)
+        return self._results(count, performed)
+
+    def settled(self) -> bool:
+        """True when nothing that the agent has claimed is still to be done."""
+        if self._pending is None:
+            return True
+        if not census.thread_exists(self.pid, self.tid):
+            self._pending = None
+            return True
+        target_done, _ = self._pending
+        if self._read_done() < target_done:
+            return False
+        self._pending = None
+        self._acknowledged(0)
+        return True
+
+    def ended(self) -> bool:
+        """True when the agent has closed its end (the process exited or called exec)."""
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Let the agent end: it unmaps its control block and exits."""
+        self.sock.close()
+        os.close(self.tokens)
+
+    # -- inside ---------------------------------------------------------------
+
+    def _write(self, table: Table) -> None:
+        data = _SCRATCH.data
+        data[: len(table.entries)] = table.entries
+        local = [(_SCRATCH.address, len(table.entries))]
+        remote = [(self.block + TABLE_OFFSET, len(table.entries))]
+        if table.aux:
+            at = len(table.entries)
+            if at + len(table.aux) > len(data):
+                raise ValueError("table too large")
+            data[at : at + len(table.aux)] = table.aux
+            local.append((_SCRATCH.address + at, len(table.aux)))
+            remote.append((self.block + AUX_OFFSET, len(table.aux)))
+        vm.writev(self.tid, local, remote)
+
+    def _acknowledged(self, wait_ns: int) -> bool:
+        """Wait for the acknowledgement of the last request; False when it has not come in time."""
+        deadline = time.monotonic_ns() + wait_ns
+        while True:
+            left = max(0, deadline - time.monotonic_ns())
+            ready = self._poll.poll(left / 1e6)
+            if ready:
+                data = self.sock.recv(8)
+                if len(data) < 8:
+                    self._drain()
+                    raise TargetGone(f"the agent of process {self.pid} is gone")
+                self._owed -= 1
+                self._done = int.from_bytes(data, "little")
+                return True
+            if not left:
+                return False
+
+    def _drain(self) -> int:
+        taken = 0
+        while True:
+            try:
+                taken += os.eventfd_read(self.tokens)
+            except BlockingIOError:
+                return taken
+
+    def _cancel(self, table: Table) -> int:
+        """Take back what is unclaimed; the number of entries done once all that was claimed is done."""
+        claimed_groups = table.unlinked - self._drain()
+        claimed = _entries_of_groups(table, claimed_groups)
+        target_done = self._done + claimed
+        for _ in range(200):
+            if self._read_done() >= target_done:
+                self._acknowledged(10_000_000)
+                return claimed
+            if not census.thread_exists(self.pid, self.tid):
+                raise TargetGone(f"the agent of process {self.pid} is gone")
+            time.sleep(0.0005)
+        self._pending = (target_done, claimed_groups)
+        raise AgentStuck(f"process {self.pid} was stopped in the middle of a commit")
+
+    def _read_done(self) -> int:
+        word = bytearray(8)
+        vm.read_into(self.tid, self.block + _DONE_OFFSET, word)
+        return int.from_bytes(word, "little")
+
+    def _results(self, count: int, performed: int) -> list[int]:
+        size = performed * _ENTRY_BYTES
+        if size:
+            vm.readv(self.tid, [(_SCRATCH.address, size)], [(self.block + TABLE_OFFSET, size)])
+        results = list(struct.unpack_from(f"<{performed * 8}q", _SCRATCH.data)[1::8])
+        return results + [-125] * (count - performed)
+
+
+def _entries_of_groups(table: Table, groups: int) -> int:
+    """How many entries the first `groups` unlinked entries and what is linked to them make."""
+    seen = 0
+    for index in range(len(table)):
+        flags = int.from_bytes(table.entries[index * _ENTRY_BYTES + 4 : index * _ENTRY_BYTES + 8], "little")
+        if not flags & _LINKED:
+            seen += 1
+            if seen > groups:
+                return index
+    return len(table)

@@ -1,0 +1,239 @@
+"""Forked children of targets: found, adopted, guarded like their parents.
+
+A child inherits the parent's merged mappings.  With CAP_SYS_PTRACE the kernel hands
+us a userfaultfd for it with the fork event; without, the tether (tether.py) holds
+the child at its first instruction.  Either way the child gets an agent of its own
+before an event of it is answered, because only an agent can map zeros (hazard 2).
+
+What must hold: no MADV_DONTNEED of merged memory in a child shows old bytes.  The
+child's own thread may already wait in such a call when we get to it.  That event has
+to be read first, as the agent cannot start before the thread stops; it is zeroed
+before the thread goes on.
+
+If we die between reading such an event and zeroing it, that one call may show old
+bytes in the child; see docs/hazards.md, 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gpuksm.errors import GpuksmError, TargetGone, Unsupported
+from gpuksm.guard import arch, events, journal
+from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.attach import Attachment, attach
+from gpuksm.guard.freeze import Freeze, FreezeFailed
+from gpuksm.guard.runs import Run
+from gpuksm.guard.target import Target
+from gpuksm.linux import procfs, ptrace, uffd
+from gpuksm.linux._libc import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from gpuksm.guard.guard import Guard
+
+_FORK_NS = 100_000_000
+_RETRY_SECONDS = 0.05
+_SEARCHES = 40
+
+
+@dataclass
+class Orphan:
+    """A forked child that has no agent yet; `uffd_event` is None for one that the tether holds."""
+
+    parent: int
+    uffd_event: int | None
+    id: int
+    pid: int | None = None
+    runs: list[Run] = field(default_factory=list)
+    borders: set[int] = field(default_factory=set)
+    coredump_filter: int | None = None
+    tethered: set[int] = field(default_factory=set)
+    due: float = 0.0
+    tries: int = 0
+    guard: Guard | None = None
+    read: list[uffd.Event] = field(default_factory=list)
+
+    # attach.ForkedChild
+
+    def service(self) -> None:
+        """Read what waits, so that the threads can stop."""
+        while self.uffd_event is not None and events.readable(self.uffd_event):
+            event = uffd.read_event(self.uffd_event)
+            if event is None:
+                return
+            self.read.append(event)
+
+    def check(self) -> None:
+        """attach.ForkedChild: a child that has called exec is nobody's business any more."""
+        assert self.guard is not None
+        assert self.pid is not None
+        if not _maps_store(self.guard, self.pid):
+            raise TargetGone(f"process {self.pid} has started another program")
+
+    def inside(self, attachment: Attachment) -> None:
+        """The agent is there and the child still frozen: make it a target, then do what was read."""
+        assert self.guard is not None
+        assert self.pid is not None
+        self.service()
+        target = Target.open(self.id, self.pid, attachment)
+        target.coredump_filter = self.coredump_filter
+        target.tethered = self.tethered
+        self.guard.adopt(target)
+        _take_runs(self.guard, target, self.borders)
+        if self.uffd_event is None:
+            _watch_all(target)
+        for event in self.read:
+            _late(self.guard, target, event)
+
+
+def pid_of_fork(parent: Target, freeze: Freeze, held: list[int]) -> int | None:
+    """Pid of the child whose fork event was just read: what fork returns in the thread that made it.
+
+    That thread could not stop before, so it is one of `held`, and the next of them to
+    stop at the end of a fork: events are read one by one.
+    """
+    deadline = time.monotonic_ns() + _FORK_NS
+    left = set(held)
+    while left and time.monotonic_ns() < deadline:
+        freeze.collect()
+        for tid in [tid for tid in left if tid in freeze.stops]:
+            left.discard(tid)
+            with contextlib.suppress(OSError):
+                registers = ptrace.get_registers(tid)
+                if registers.orig_rax in arch.current().NR.FORKS and 0 < registers.rax < 1 << 31:
+                    return _in_our_namespace(parent.pid, registers.rax)
+        if not left & freeze.waiting:
+            break
+    return None
+
+
+def _in_our_namespace(parent: int, number: int) -> int | None:
+    """The pid by which we know the process that `parent` knows as `number`."""
+    with contextlib.suppress(TargetGone, GpuksmError):
+        if len(procfs.status(parent).get("NSpid", "").split()) <= 1:
+            return number
+        for child in procfs.children(parent):
+            if procfs.status(child)["NSpid"].split()[-1] == str(number):
+                return child
+    return None
+
+
+def adopt_orphans(guard: Guard) -> None:
+    """Try to adopt every orphan that is due; those that cannot be yet stay, their events waiting."""
+    for orphan in list(guard.orphans):
+        if time.monotonic() < orphan.due:
+            continue
+        if orphan.pid is None:
+            orphan.pid = _search(guard, orphan)
+        if orphan.pid is None and orphan.tries < _SEARCHES:
+            # Not visible yet, or one of several: its events wait.
+            orphan.tries += 1
+            orphan.due = time.monotonic() + _RETRY_SECONDS
+            continue
+        if orphan.pid is None or not _alive(orphan.pid):
+            _let_go(guard, orphan)
+            continue
+        guard.orphans.remove(orphan)
+        orphan.guard = guard
+        try:
+            attach(
+                orphan.pid,
+                guard.store.read_only,
+                guard.census,
+                fork_events=guard.privileged,
+                tethered=orphan.tethered,
+                child=orphan,
+            )
+            if not guard.privileged:
+                guard.tether.hold(guard.targets[orphan.id])
+        except TargetGone:
+            _let_go(guard, orphan)
+        except (FreezeFailed, AgentStuck, Unsupported, OSError):
+            if not _maps_store(guard, orphan.pid):
+                _let_go(guard, orphan)  # it called exec, or unmapped everything
+                continue
+            orphan.tries += 1
+            orphan.due = time.monotonic() + _RETRY_SECONDS
+            guard.orphans.append(orphan)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return procfs.stat(pid).state not in "ZX"
+    except TargetGone:
+        return False
+
+
+def _let_go(guard: Guard, orphan: Orphan) -> None:
+    if orphan in guard.orphans:
+        guard.orphans.remove(orphan)
+    if orphan.id in guard.targets:
+        guard.drop(guard.targets[orphan.id])
+        return
+    guard.tether.let_go(orphan.tethered)
+    guard.keep(f"event:{orphan.id}", None)
+    if orphan.uffd_event is not None:
+        os.close(orphan.uffd_event)
+
+
+def _search(guard: Guard, orphan: Orphan) -> int | None:
+    """A process that maps the store and is nobody's: the child whose pid could not be read.
+
+    With several to choose from, only a child of the orphan's parent will do.
+    """
+    known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
+    strays = [pid for pid in procfs.pids() if pid not in known and pid != os.getpid()]
+    strays = [pid for pid in strays if _maps_store(guard, pid)]
+    parent = guard.targets.get(orphan.parent)
+    if parent is not None and len(strays) > 1:
+        with contextlib.suppress(TargetGone):
+            strays = [pid for pid in strays if pid in procfs.children(parent.pid)]
+    return strays[0] if len(strays) == 1 else None
+
+
+def _maps_store(guard: Guard, pid: int) -> bool:
+    try:
+        return any(vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path for vma in procfs.maps(pid))
+    except (TargetGone, GpuksmError):
+        return False
+
+
+def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
+    """What the child really maps is what it has merged."""
+    runs = [
+        Run(vma.start, vma.end, vma.offset // PAGE_SIZE)
+        for vma in procfs.maps(target.pid)
+        if vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path
+    ]
+    for run in runs:
+        target.runs.add(run)
+    target.borders = set(borders)
+    guard.journal.append_runs(journal.MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
+
+
+def _watch_all(target: Target) -> None:
+    """Register inherited merged memory with the child's own userfaultfd."""
+    for run in target.runs:
+        uffd.register(target.link.uffd_event, run.start, run.end - run.start)
+    for page in target.borders:
+        with contextlib.suppress(OSError):
+            uffd.register(target.link.uffd_event, page, PAGE_SIZE)
+
+
+def _late(guard: Guard, target: Target, event: uffd.Event) -> None:
+    """An event that had to be read before there was an agent; the child is still frozen."""
+    if event.kind == uffd.EVENT_REMOVE:
+        events.zero(guard, target, event.a, event.b)
+    elif event.kind == uffd.EVENT_REMAP:
+        run = target.runs.at(event.b)
+        if run is not None and run.end > event.b + event.c:
+            events.forget_store(guard, target, event.b + event.c, run.end)
+    elif event.kind == uffd.EVENT_FORK:
+        os.set_inheritable(event.a, False)
+        orphan = Orphan(target.id, event.a, guard.new_id(), None, list(target.runs), set(target.borders))
+        guard.keep(f"event:{orphan.id}", event.a)
+        guard.orphans.append(orphan)

@@ -1,0 +1,278 @@
+"""Events of merged memory: DONTNEED, munmap, mremap and fork, before they can do harm.
+
+What must hold (docs/hazards.md 1, 2, 3, 5, 18):
+- MADV_DONTNEED or MADV_FREE of merged memory reads zeros afterwards: the range is
+  taken from the blocked thread's system call, mapped as zeros, and only then is
+  the event read, which lets the thread go on.
+- After mremap nothing of the store shows in a grown tail, or in the old place
+  after MREMAP_DONTUNMAP.
+- After munmap no run that ends inside its extent borders free space.
+- A moved range never passes as "unwritten".
+
+The target is frozen meanwhile, except for the threads that wait for us; they
+stop as soon as their event was read.
+
+If we die: before an event is read, it waits for our successor (the keeper holds
+the userfaultfd).  After zeros were mapped and before the event is read, the
+successor finds nothing merged there and reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from typing import Protocol
+
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard import arch, faults
+from gpuksm.guard.agent import Table
+from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.journal import BORDER, MAP, UNMAP, Journal
+from gpuksm.guard.restore import fix_ends
+from gpuksm.guard.runs import Run
+from gpuksm.guard.store import Store
+from gpuksm.guard.target import Target, protection
+from gpuksm.linux import procfs, uffd
+from gpuksm.linux._libc import PAGE_SIZE
+
+_WAITS_FOR_US = "userfaultfd_event_wait_completion"
+_DONTNEED_LOCKED = 24
+_DISCARDING = (4, 8, _DONTNEED_LOCKED)  # MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED
+_MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
+_LOOKS = 50
+
+
+class Host(Protocol):
+    """What event handling needs of the guard."""
+
+    store: Store
+    journal: Journal
+    event_counts: dict[str, int]
+
+    def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
+        """A fork event was read: `uffd_event` watches the child; one of the threads `held` forked."""
+
+
+def readable(fd: int) -> bool:
+    """True when an event waits."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(flags & select.POLLIN for _, flags in poll.poll(0))
+
+
+def pump(host: Host, target: Target, freeze: Freeze) -> None:
+    """Handle every event that waits now; `freeze` has asked all threads to stop."""
+    while readable(target.link.uffd_event):
+        calls = _blocked_calls(target, freeze)
+        if not (calls or freeze.holds):
+            return  # nothing would stop the thread before it reads old bytes: wait until it is seen
+        for number, arguments in calls:
+            _before_reading(host, target, number, arguments)
+        held = list(freeze.waiting)
+        faults.point("event-prepared")
+        event = uffd.read_event(target.link.uffd_event)
+        if event is None:
+            return
+        _apply(host, target, event, freeze, held)
+
+
+def _blocked_calls(target: Target, freeze: Freeze) -> list[tuple[int, tuple[int, ...]]]:
+    """System calls of the threads that wait for one of our events: (number, arguments).
+
+    An event can be read a moment before its thread sleeps, so this looks again for a while.
+    """
+    calls: list[tuple[int, tuple[int, ...]]] = []
+    for _ in range(_LOOKS):
+        for tid in freeze.waiting or procfs.threads(target.pid):
+            try:
+                if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
+                    continue
+                call = procfs.thread_syscall(target.pid, tid)
+            except (TargetGone, NotPermitted):
+                continue
+            if call is not None:
+                calls.append(call)
+        if calls:
+            break
+    return calls
+
+
+def _before_reading(host: Host, target: Target, number: int, arguments: tuple[int, ...]) -> None:
+    nr = arch.current().NR
+    if number == nr.MADVISE and arguments[2] in _DISCARDING:
+        start, length, advice = arguments[:3]
+        zero(host, target, start, _before_locked(target, start, start + length, advice))
+    elif number == nr.PROCESS_MADVISE and arguments[3] in _DISCARDING:
+        for start, length in _iovec(target, arguments[1], arguments[2]):
+            zero(host, target, start, _before_locked(target, start, start + length, arguments[3]))
+    elif number == nr.MREMAP:
+        _moved(host, target, *arguments[:5])
+
+
+def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
+    """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
+    if advice == _DONTNEED_LOCKED or procfs.status(target.pid).get("VmLck", "0").split()[0] == "0":
+        return end
+    flags = procfs.smaps_flags(target.pid)
+    for vma in procfs.maps(target.pid):
+        if vma.end > start and vma.start < end and "lo" in flags.get(vma.start, ()):
+            return max(start, vma.start)
+    return end
+
+
+def _iovec(target: Target, address: int, count: int) -> list[tuple[int, int]]:
+    try:
+        data = os.pread(target.memory, min(count, 1024) * 16, address)
+    except OSError:
+        return []
+    return list(struct.iter_unpack("<QQ", data[: len(data) // 16 * 16]))
+
+
+def zero(host: Host, target: Target, start: int, end: int) -> None:
+    """Replace what is merged in [start, end) by fresh zero memory."""
+    start &= ~(PAGE_SIZE - 1)
+    end = (end + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+    pieces = target.runs.overlapping(start, end)
+    while pieces:
+        table = Table()
+        done: list[Run] = []
+        while pieces and table.room(3, 64):
+            piece = pieces.pop(0)
+            vma = target.query(piece.start)
+            if vma is not None and vma.inode == host.store.inode:
+                stop = min(piece.end, vma.end)
+                if stop < piece.end:
+                    pieces.insert(0, piece.cut(stop, piece.end))
+                    piece = piece.cut(piece.start, stop)
+                target.add_map_zeros(table, piece.start, piece.end - piece.start, protection(vma))
+                if piece.start == start and _left_end_is_inside(host, target, start):
+                    target.add_register(table, piece.start, PAGE_SIZE)
+                    target.borders.add(piece.start)
+                    host.journal.append(BORDER, target.id, piece.start)
+            done.append(piece)
+        target.link.agent.perform(table)
+        host.journal.append_runs(UNMAP, target.id, [(piece.start, piece.end, 0) for piece in done])
+        for piece in done:
+            target.runs.remove(piece.start, piece.end)
+
+
+def _left_end_is_inside(host: Host, target: Target, end: int) -> bool:
+    """True when a run would end at `end`, inside its extent."""
+    before = target.runs.at(end - PAGE_SIZE)
+    return before is not None and not host.store.ends_at_hole(before.cut(before.start, end).slot_end)
+
+
+def _moved(
+    host: Host, target: Target, old: int, old_size: int, new_size: int, flags: int, fixed: int
+) -> None:
+    """mremap has been done and its caller waits: cure tail and old place, follow it in the ledger."""
+    old_end = old + _round_up(old_size)
+    moved = target.runs.overlapping(old, old_end)
+    if not moved:
+        return
+    new = fixed if flags & _MREMAP_FIXED else _find_moved(host, target, moved[0], old)
+    if new is None:
+        return
+    if new != old:
+        _follow(host, target, moved, old, old_end, new, min(_round_up(old_size), _round_up(new_size)))
+        if flags & _MREMAP_DONTUNMAP:
+            forget_store(host, target, old, old_end)
+    tail, tail_end = new + _round_up(old_size), new + _round_up(new_size)
+    if tail < tail_end:
+        forget_store(host, target, tail, tail_end)
+
+
+def _round_up(size: int) -> int:
+    return (size + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+
+def _find_moved(host: Host, target: Target, first: Run, old: int) -> int | None:
+    """Where the range that began at `old` is now: the place that maps its slots and is not in the ledger."""
+    offset = first.slot * PAGE_SIZE
+    for vma in procfs.maps(target.pid):
+        if vma.inode != host.store.inode or not vma.offset <= offset < vma.offset + vma.end - vma.start:
+            continue
+        at = vma.start + offset - vma.offset
+        if target.runs.at(at) is None:
+            return at - (first.start - old)
+    return None
+
+
+def _follow(
+    host: Host, target: Target, moved: list[Run], old: int, old_end: int, new: int, kept: int
+) -> None:
+    """Move runs and border pages from [old, old_end) to `new` in the ledger; `kept` bytes arrived."""
+    delta = new - old
+    arrived = [run.cut(run.start, old + kept) for run in moved if run.start < old + kept]
+    there = [Run(run.start + delta, run.end + delta, run.slot) for run in arrived]
+    host.journal.append_runs(UNMAP, target.id, [(old, old_end, 0), (new, new + kept, 0)])
+    host.journal.append_runs(MAP, target.id, [(run.start, run.end, run.slot) for run in there])
+    target.runs.remove(old, old_end)
+    target.runs.remove(new, new + kept)
+    for run in there:
+        target.runs.add(run)
+    gone = {page for page in target.borders if old <= page < old_end}
+    target.borders -= gone
+    target.borders |= {page + delta for page in gone if page < old + kept}
+    target.tainted.append((new, new + kept))
+
+
+def forget_store(host: Host, target: Target, start: int, end: int) -> None:
+    """Replace store mappings in [start, end), in the ledger or not, by zeros."""
+    table = Table()
+    at = start
+    while at < end and table.room(2, 32):
+        vma = procfs.query_vma(target.maps, at)
+        if vma is None or vma.start >= end:
+            break
+        low, high = max(at, vma.start), min(end, vma.end)
+        if vma.inode == host.store.inode:
+            target.add_map_zeros(table, low, high - low, protection(vma))
+        at = high
+    target.link.agent.perform(table)
+    if target.runs.overlapping(start, end):
+        host.journal.append(UNMAP, target.id, start, end)
+        target.runs.remove(start, end)
+
+
+def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: list[int]) -> None:
+    names = {uffd.EVENT_FORK: "fork", uffd.EVENT_REMAP: "remap", uffd.EVENT_REMOVE: "remove"}
+    name = names.get(event.kind, "unmap")
+    host.event_counts[name] = host.event_counts.get(name, 0) + 1
+    if event.kind == uffd.EVENT_FORK:
+        os.set_inheritable(event.a, False)
+        host.forked(target, event.a, freeze, held)
+    elif event.kind == uffd.EVENT_REMOVE:
+        # Zeroed already when the caller was seen waiting; if not, the freeze still holds it.
+        zero(host, target, event.a, event.b)
+    elif event.kind == uffd.EVENT_REMAP:
+        old, new, size = event.a, event.b, event.c
+        moved = target.runs.overlapping(old, old + size)
+        if moved:
+            _follow(host, target, moved, old, old + size, new, size)
+        target.tainted.append((new, new + size))
+        _wait_for_others(target, freeze)
+        fix_ends(target, host.store, host.journal, [old, new + size])
+    elif event.kind == uffd.EVENT_UNMAP:
+        if target.runs.overlapping(event.a, event.b):
+            host.journal.append(UNMAP, target.id, event.a, event.b)
+            target.runs.remove(event.a, event.b)
+        target.borders -= {page for page in target.borders if event.a <= page < event.b}
+        _wait_for_others(target, freeze)
+        fix_ends(target, host.store, host.journal, [event.a])
+
+
+def _wait_for_others(target: Target, freeze: Freeze) -> None:
+    """Let threads that do not wait for events come to their stop, so that content can be copied."""
+    for _ in range(2000):
+        freeze.begin()
+        freeze.collect()
+        blocked = 0
+        for tid in freeze.waiting:
+            try:
+                blocked += procfs.wchan(target.pid, tid) == _WAITS_FOR_US
+            except TargetGone:
+                continue
+        if blocked == len(freeze.waiting):
+            return

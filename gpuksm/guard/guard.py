@@ -1,0 +1,433 @@
+"""The guard's state and everything a request or an event can ask of it.
+
+One `Guard` per process; `server.py` drives it.  It is the host of the event
+handlers (`events.Host`) and owns store, journal and targets.  Nothing here may
+block for long: while one target is worked on, `breathe` serves the events of the
+others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gpuksm import eligibility
+from gpuksm.errors import (
+    GpuksmError,
+    NoSuchProcess,
+    NotEnoughMemory,
+    TargetGone,
+    Unsupported,
+)
+from gpuksm.guard import arch, children, events, journal, plan, reclaim, restore, tracking
+from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.attach import attach, unmap_leftovers
+from gpuksm.guard.commit import Pace, vma_budget
+from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
+from gpuksm.guard.registry import Registry
+from gpuksm.guard.store import Store
+from gpuksm.guard.target import Target
+from gpuksm.guard.tether import Tether
+from gpuksm.linux import census, procfs
+from gpuksm.linux._libc import PAGE_SIZE
+
+_RECLAIM_SECONDS = 1.0
+
+
+class Guard:
+    """Targets, store and ledger of one security domain."""
+
+    def __init__(self, keep: Callable[[str, int | None], None], store: Store, log: journal.Journal) -> None:
+        self.keep = keep  # keep(tag, fd): the keeper holds a duplicate; keep(tag, None): lets it go
+        self.store = store
+        self.store_born = 0
+        self.seed = 0  # of the scanner's digests: random for each store, so nobody can prepare collisions
+        self.journal = log
+        self.targets: dict[int, Target] = {}
+        self.registry = Registry(log)
+        self.event_counts: dict[str, int] = {}
+        self.pauses_us: list[int] = []
+        self.census = ProcessCensus()
+        self.pace = Pace()
+        self.orphans: list[children.Orphan] = []
+        self.privileged = _has_sys_ptrace()
+        self.tether = Tether(self)
+        self._next_target = 1
+        self._reclaim_due = 0.0
+        self._serving = False
+
+    # -- targets -----------------------------------------------------------------
+
+    def find(self, pid: int) -> Target | None:
+        """The target with this pid, or None."""
+        for target in self.targets.values():
+            if target.pid == pid:
+                return target
+        return None
+
+    def target(self, number: Any) -> Target:
+        """The target with this id; TargetGone when there is none any more."""
+        found = self.targets.get(number) if isinstance(number, int) else None
+        if found is None:
+            raise TargetGone(f"target {number} is gone")
+        return found
+
+    def attach(
+        self, pid: int, ranges: list[tuple[int, int]] | None, *, named: bool, options: dict[str, Any]
+    ) -> tuple[Target, list[eligibility.Region], dict[str, int]]:
+        """Make process `pid` a target (or refresh it); its regions, and pages left out by reason.
+
+        Raises the class that says why not: NoSuchProcess, NotPermitted, Unsupported...
+        """
+        target = self.find(pid)
+        if target is not None and not target.has_agent():
+            self.drop(target)
+            target = None
+        if target is None:
+            reason = eligibility.process_reason(
+                pid,
+                named=named,
+                allow_seccomp=bool(options.get("allow_seccomp")),
+                allow_direct_io=bool(options.get("allow_direct_io")),
+            )
+            if reason is not None:
+                raise reason
+            target = self._attach(pid)
+        regions, skipped = eligibility.regions(pid, ranges, tracked=True)
+        regions = [region for region in regions if not _is_own_memory(target, region)]
+        try:
+            with self.frozen(target):
+                pass  # applies pending events, so that tracking starts from a true ledger
+        except (FreezeFailed, AgentStuck) as error:
+            raise Unsupported(f"{error}; try again later") from None
+        tracked = target.track([(region.start, region.end) for region in regions])
+        return target, _cut_regions(regions, tracked), skipped
+
+    def _attach(self, pid: int) -> Target:
+        tethered: set[int] = set()
+        try:
+            link = _retry(
+                lambda: attach(
+                    pid, self.store.read_only, self.census, fork_events=self.privileged, tethered=tethered
+                )
+            )
+        except FreezeFailed as error:
+            raise Unsupported(f"{error}; try again later") from None
+        except AgentStuck as error:
+            raise Unsupported(f"{error}; try again later") from None
+        try:
+            target = Target.open(self._next_target, pid, link)
+        except GpuksmError:
+            link.agent.close()
+            os.close(link.uffd_track)
+            os.close(link.uffd_event)
+            raise
+        with contextlib.suppress(OSError, TargetGone):
+            unmap_leftovers(link, target.memory)
+        self.adopt(target)
+        if not self.privileged:
+            self.tether.hold(target)
+        return target
+
+    def adopt(self, target: Target) -> None:
+        """Take a new target into the books, and let the keeper hold its userfaultfds."""
+        self._next_target = max(self._next_target, target.id + 1)
+        self.targets[target.id] = target
+        self.journal.append(journal.TARGET, target.id, target.pid, target.start_time, target.link.code)
+        self.keep(f"track:{target.id}", target.link.uffd_track)
+        self.keep(f"event:{target.id}", target.link.uffd_event)
+
+    def reserve_ids(self, highest: int) -> None:
+        """Never hand out ids up to `highest` again (takeover)."""
+        self._next_target = max(self._next_target, highest + 1)
+
+    def vma_budget(self, target: Target) -> int:
+        """VMAs that merging may still add to `target`; 0 when it is gone."""
+        return max(0, _budget(target.pid) or 0)
+
+    def new_id(self) -> int:
+        self._next_target += 1
+        return self._next_target - 1
+
+    def drop(self, target: Target) -> None:
+        """Forget a target that has exited, called exec, or has nothing merged any more."""
+        if self.targets.pop(target.id, None) is None:
+            return
+        self.tether.release(target)
+        target.restore_core_dumps()
+        target.close()
+        self.keep(f"track:{target.id}", None)
+        self.keep(f"event:{target.id}", None)
+        self.journal.append(journal.GONE, target.id)
+        self.census.forget(target.pid)
+        if target.runs.pages:
+            self._reclaim_due = time.monotonic()
+
+    # -- freezing ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def frozen(self, target: Target, attempts: int = 6) -> Iterator[Freeze]:
+        """Freeze `target` with all pending events applied; thaws, except while its agent is stuck.
+
+        A busy machine may not let every thread stop within the deadline; the target
+        runs on between `attempts`.
+        """
+        freeze = self._freeze(target, attempts)
+        try:
+            yield freeze
+        except AgentStuck:
+            target.parked = freeze
+            raise
+        finally:
+            if target.parked is not freeze:
+                freeze.thaw()
+
+    def _freeze(self, target: Target, attempts: int) -> Freeze:
+        for attempt in range(attempts):
+            freeze = target.freeze()
+            try:
+                self._complete(target, freeze)
+                return freeze
+            except FreezeFailed:
+                if attempt + 1 == attempts:
+                    raise
+            except AgentStuck:
+                target.parked = freeze
+                raise
+            self.breathe()
+            time.sleep(0.002 * 2**attempt)
+        raise AssertionError
+
+    def _complete(self, target: Target, freeze: Freeze) -> None:
+        """Stop every thread of `target`, its agent being there; thawed when that fails."""
+        if target.parked is not None:
+            raise FreezeFailed(f"process {target.pid} is stopped; waiting for SIGCONT")
+        try:
+            self._check_agent(target)
+            freeze.complete(lambda: events.pump(self, target, freeze))
+            self._check_agent(target)
+            freeze.check_unshared(self.census)
+            events.pump(self, target, freeze)
+        except AgentStuck:
+            raise
+        except BaseException:
+            freeze.thaw()
+            raise
+
+    @staticmethod
+    def _check_agent(target: Target) -> None:
+        if not target.has_agent():
+            raise TargetGone(f"process {target.pid} has exited or started another program")
+
+    def serve_events(self, target: Target) -> None:
+        """Handle the events that wait on `target`."""
+        try:
+            with self.frozen(target, attempts=1):
+                pass
+        except FreezeFailed:
+            self._serve_unfrozen(target)
+        except (TargetGone, ProcessLookupError):
+            self.drop(target)
+        except AgentStuck:
+            return
+
+    def _serve_unfrozen(self, target: Target) -> None:
+        """Zeros first, then read, is right without a freeze when the waiting thread is seen (hazard 18)."""
+        if target.parked is not None:
+            return
+        with contextlib.suppress(AgentStuck, TargetGone):
+            events.pump(self, target, target.freeze())
+
+    def breathe(self) -> None:
+        """Serve what cannot wait, between two steps of something long."""
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            for target in list(self.targets.values()):
+                if events.readable(target.link.uffd_event):
+                    self.serve_events(target)
+            self.tether.serve()
+            children.adopt_orphans(self)
+        finally:
+            self._serving = False
+
+    def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
+        """events.Host: remember the child; it is adopted as soon as the parent runs again."""
+        orphan = children.Orphan(parent.id, uffd_event, self.new_id())
+        self.keep(f"event:{orphan.id}", uffd_event)
+        orphan.pid = children.pid_of_fork(parent, freeze, held)
+        orphan.runs = list(parent.runs)
+        orphan.borders = set(parent.borders)
+        orphan.coredump_filter = parent.coredump_filter
+        self.orphans.append(orphan)
+
+    # -- requests --------------------------------------------------------------------
+
+    def arm(self, target: Target) -> list[tuple[int, int]]:
+        """Re-arm write tracking; see tracking.py."""
+        return tracking.arm(target, self.breathe)
+
+    def commit(
+        self, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int
+    ) -> plan.Result:
+        """Fill, verify and commit a plan; see plan.py."""
+        return plan.execute(self, extents, records, payload, max_pause_us)
+
+    def unmerge(self, pids: list[int] | None, max_pause_us: int) -> tuple[int, list[int], dict[str, str]]:
+        """Unmerge targets (None: all), in steps; (pages, pauses, {pid: why not})."""
+        chosen = list(self.targets.values())
+        if pids is not None:
+            known = {target.pid: target for target in chosen}
+            for pid in pids:
+                if pid not in known and not os.path.exists(f"/proc/{pid}"):
+                    raise NoSuchProcess(f"there is no process {pid}; see `gpuksm status` for what is merged")
+            chosen = [known[pid] for pid in pids if pid in known]
+        need = sum(target.runs.pages for target in chosen) * PAGE_SIZE
+        free = _available_memory()
+        if need and need > free * 9 // 10:
+            raise NotEnoughMemory(
+                f"unmerging needs {need >> 20} MiB and only {free >> 20} MiB are available; "
+                "free memory or unmerge some processes first (--pid)"
+            )
+        pages = 0
+        pauses: list[int] = []
+        failed: dict[str, str] = {}
+        for target in chosen:
+            try:
+                count, more = restore.restore_all(
+                    target, self.journal, self.frozen, max_pause_us, self.breathe
+                )
+                pages, pauses = pages + count, pauses + more
+            except TargetGone:
+                self.drop(target)
+                continue
+            except (FreezeFailed, AgentStuck, restore.RestoreFailed) as error:
+                failed[str(target.pid)] = str(error)
+                continue
+            self.drop(target)
+        self._reclaim_due = time.monotonic()
+        self.tick()
+        return pages, pauses, failed
+
+    def release_idle(self) -> None:
+        """Leave targets in which nothing is merged (after a scan)."""
+        for target in list(self.targets.values()):
+            if not target.runs.pages and target.parked is None:
+                with contextlib.suppress(FreezeFailed, TargetGone, AgentStuck), self.frozen(target):
+                    pass
+                if not target.runs.pages:
+                    self.drop(target)
+
+    def status(self) -> dict[str, Any]:
+        """What `gpuksm status` shows."""
+        return {
+            "targets": [
+                {
+                    "pid": target.pid,
+                    "name": target.name,
+                    "target": target.id,
+                    "merged_pages": target.runs.pages,
+                    "runs": len(target.runs),
+                    "vma_budget": _budget(target.pid),
+                    "stopped": target.parked is not None,
+                }
+                for target in self.targets.values()
+            ],
+            "store_slots": self.store.slots(),
+            "store_bytes": self.store.used_bytes(),
+            "registered": self.registry.listed(),
+            "events": dict(self.event_counts),
+            "pauses_us": self.pauses_us[-10000:],
+        }
+
+    # -- housekeeping ------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Things that are due now and then: parked targets, stragglers, orphans, empty slots."""
+        release_stragglers()
+        for target in list(self.targets.values()):
+            if target.parked is not None and target.link.agent.settled():
+                target.parked.thaw()
+                target.parked = None
+            elif _only_agent_left(target):
+                self.drop(target)  # the agent ends and with it the process (hazard 22)
+        children.adopt_orphans(self)
+        if self._reclaim_due and time.monotonic() >= self._reclaim_due:
+            self._reclaim_due = 0.0
+            if reclaim.reclaim(self.store, self.store_born) is None:
+                self._reclaim_due = time.monotonic() + _RECLAIM_SECONDS
+
+    @property
+    def busy(self) -> bool:
+        """True while the guard has a reason to live."""
+        return bool(
+            self.orphans
+            or not release_stragglers()
+            or self.registry.listed()
+            or any(target.runs.pages or target.parked for target in self.targets.values())
+        )
+
+
+def _retry(call: Callable[[], Any]) -> Any:
+    for attempt in range(5):
+        try:
+            return call()
+        except FreezeFailed:
+            if attempt == 4:
+                raise
+            time.sleep(0.02 * (attempt + 1))
+    raise AssertionError
+
+
+def _has_sys_ptrace() -> bool:
+    effective = int(procfs.status(os.getpid())["CapEff"], 16)
+    return bool(effective >> 19 & 1)
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _budget(pid: int) -> int | None:
+    try:
+        return vma_budget(pid)
+    except (TargetGone, GpuksmError):
+        return None
+
+
+def _is_own_memory(target: Target, region: eligibility.Region) -> bool:
+    """True for the agent's code page and control block."""
+    machine = arch.current()
+    block, code = target.link.agent.block, target.link.code
+    own = ((block, block + machine.BLOCK_BYTES), (code, code + machine.CODE_BYTES))
+    return any(region.start < end and start < region.end for start, end in own)
+
+
+def _cut_regions(
+    regions: list[eligibility.Region], tracked: list[tuple[int, int]]
+) -> list[eligibility.Region]:
+    """The tracked ranges with the protection of the region that holds them."""
+    result, index = [], 0
+    for low, high in tracked:
+        while regions[index].end <= low:
+            index += 1
+        result.append(eligibility.Region(low, high, regions[index].prot))
+    return result
+
+
+def _only_agent_left(target: Target) -> bool:
+    try:
+        if procfs.stat(target.pid).state != "Z":
+            return False
+        alive = [tid for tid in procfs.threads(target.pid) if tid != target.pid]
+    except TargetGone:
+        return True
+    return alive == [target.link.agent.tid] or not census.thread_exists(target.pid, target.link.agent.tid)

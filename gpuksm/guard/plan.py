@@ -1,0 +1,337 @@
+"""Carrying out a commit plan: fill the new extents, verify every record, commit target by target.
+
+A plan may be of any size; it is carried out in portions of some 64 MiB of new slots,
+so that the store never gets far ahead of the memory that is freed.
+
+The plan comes from the scanner, which is not trusted: every number in it is
+checked here, and every page is compared before it is mapped.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gpuksm import wire
+from gpuksm.errors import TargetGone, UsageError
+from gpuksm.guard import faults, journal, verify
+from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.commit import Committer, Outcome, Pace
+from gpuksm.guard.freeze import FreezeFailed
+from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loose
+from gpuksm.guard.store import Store
+from gpuksm.guard.target import Target
+from gpuksm.guard.verify import Piece
+from gpuksm.linux._libc import PAGE_SIZE
+
+_MAX_PAGES = 1 << 20
+_WINDOW_PAGES = 1 << 14
+_NOBODY = (1 << 32) - 1  # an extent that nothing fills is nobody's
+_FILLS = (wire.OP_FILL, wire.OP_FILL_REPLICA)
+
+
+class Host(Protocol):
+    """What a commit needs of the guard."""
+
+    store: Store
+    journal: journal.Journal
+    pace: Pace
+    targets: dict[int, Target]
+    pauses_us: list[int]
+
+    @property
+    def frozen(self) -> FrozenContext: ...
+    def breathe(self) -> None: ...
+    def drop(self, target: Target) -> None: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One plan record with its slots resolved."""
+
+    index: int
+    op: int
+    target: int
+    addr: int
+    pages: int
+    slot: int
+    extent: int | None
+    digest: int
+    digest_at: int
+    continued: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.addr + self.pages * PAGE_SIZE
+
+
+@dataclass
+class Result:
+    """Outcome of a commit and pages merged per plan record (`<u4` column)."""
+
+    outcome: Outcome
+    column: bytes
+    vmas: dict[int, int]
+
+
+def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int) -> Result:
+    """Carry out a plan; UsageError when it is malformed (nothing was done then)."""
+    slots, plan, digests = _parse(extents, records, payload)
+    starts = _allocate(host, slots, plan)
+    planned = [_resolve(record, index, starts, slots) for index, record in enumerate(plan)]
+    _remember(host, planned, digests)
+    outcome = Outcome()
+    ends: dict[int, list[int]] = {}
+    cut = _cut_to_windows(planned)
+    continued = {(part.target, part.end) for part in cut if part.continued}
+    for portion in _portions(cut):
+        pieces: dict[int, list[Piece]] = {}
+        _fill(host, portion, pieces, outcome)
+        _verify(host, portion, pieces, outcome)
+        for number, mine in pieces.items():
+            ends.setdefault(number, []).extend(piece.end for piece in mine if piece.slot is not None)
+            going_on = {end for target, end in continued if target == number}
+            _commit(host, number, mine, going_on, max_pause_us, outcome)
+    _settle(host, ends, outcome)
+    host.pauses_us.extend(outcome.pauses_us)
+    del host.pauses_us[:-100_000]
+    column = struct.pack(f"<{len(planned)}I", *(outcome.merged.get(i, 0) for i in range(len(planned))))
+    vmas = {number: len(host.targets[number].runs) for number in ends if number in host.targets}
+    return Result(outcome, column, vmas)
+
+
+def _parse(
+    extents: int, count: int, payload: bytes | bytearray
+) -> tuple[list[int], list[tuple[int, ...]], bytes]:
+    """(slots of each extent, plan records, digest column)."""
+    at = extents * wire.EXTENT_RECORD.size
+    end = at + count * wire.PLAN_RECORD.size
+    if not (0 <= extents <= _MAX_PAGES and 0 <= count <= 4 * _MAX_PAGES and end <= len(payload)):
+        raise UsageError("malformed plan: extents and records do not fit the payload")
+    if (len(payload) - end) % 8:
+        raise UsageError("malformed plan: the digest column is no multiple of 8 bytes")
+    slots = [item[0] for item in wire.EXTENT_RECORD.iter_unpack(payload[:at])]
+    if any(not 0 < number <= _MAX_PAGES for number in slots):
+        raise UsageError("malformed plan: extent size out of range")
+    records = list(wire.PLAN_RECORD.iter_unpack(payload[at:end]))
+    for op, flags, _, _, addr, pages, extent, slot, _, _ in records:
+        if not wire.OP_FILL <= op <= wire.OP_FILL_REPLICA or not 0 < pages <= _MAX_PAGES or addr % PAGE_SIZE:
+            raise UsageError("malformed plan: record out of range")
+        if flags & wire.FLAG_NEW_EXTENT:
+            if extent >= len(slots) or slot + pages > slots[extent]:
+                raise UsageError("malformed plan: record outside its extent")
+        elif op in _FILLS:
+            raise UsageError("malformed plan: only new extents are filled")
+    return slots, records, bytes(payload[end:])
+
+
+def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> list[int]:
+    """First slots of the new extents; each belongs to the user whose process fills it first."""
+    users: dict[int, int] = {}
+    for op, flags, _, target, _, _, extent, *_ in records:
+        if op in _FILLS and flags & wire.FLAG_NEW_EXTENT and target in host.targets:
+            users.setdefault(extent, host.targets[target].user)
+    starts = []
+    for index, count in enumerate(slots):
+        user = users.get(index, _NOBODY)
+        start = host.store.allocate(count, user)
+        host.journal.append(journal.EXTENT, 0, start, count, user)
+        starts.append(start)
+    return starts
+
+
+def _resolve(record: tuple[int, ...], index: int, starts: list[int], slots: list[int]) -> Planned:
+    op, flags, _, target, addr, pages, extent, slot, digest, digest_at = record
+    new = bool(flags & wire.FLAG_NEW_EXTENT)
+    first = starts[extent] if new else 0
+    return Planned(index, op, target, addr, pages, first + slot, first if new else None, digest, digest_at)
+
+
+def _remember(host: Host, planned: list[Planned], digests: bytes) -> None:
+    """Keep the digests of new slots for the next scanner's stable tree; nothing else relies on them."""
+    columns: dict[int, bytearray] = {}
+    for item in planned:
+        if item.op not in _FILLS or item.extent is None:
+            continue
+        whole = columns.setdefault(item.extent, bytearray(host.store.digests_of(item.extent)))
+        if item.op == wire.OP_FILL_REPLICA:
+            column = struct.pack("<Q", item.digest) * item.pages
+        else:
+            column = _column(item, digests)
+        at = (item.slot - item.extent) * 8
+        whole[at : at + len(column)] = column
+    for start, whole in columns.items():
+        host.store.set_digests(start, 0, bytes(whole))
+        host.journal.append(journal.DIGESTS, 0, start, len(whole) // 8, column=bytes(whole))
+
+
+def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
+    """Records of new extents cut at multiples of the window within their extent."""
+    parts: list[Planned] = []
+    for item in planned:
+        if item.extent is None or item.op == wire.OP_FILL_REPLICA:
+            parts.append(item)
+            continue
+        at = 0
+        while at < item.pages:
+            in_window = _WINDOW_PAGES - (item.slot + at - item.extent) % _WINDOW_PAGES
+            pages = min(in_window, item.pages - at)
+            parts.append(
+                replace(
+                    item,
+                    addr=item.addr + at * PAGE_SIZE,
+                    pages=pages,
+                    slot=item.slot + at,
+                    continued=at + pages < item.pages,
+                )
+            )
+            at += pages
+    return parts
+
+
+def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
+    """Groups of parts to be carried out one after the other; what is filled comes before what maps it."""
+    ordered = sorted(parts, key=lambda part: (_window(part), part.op not in _FILLS))
+    portion: list[Planned] = []
+    filled = 0
+    for index, part in enumerate(ordered):
+        portion.append(part)
+        filled += part.pages if part.op in _FILLS else 0
+        last = index + 1 == len(ordered)
+        if last or (filled >= _WINDOW_PAGES and _window(ordered[index + 1]) != _window(part)):
+            yield portion
+            portion, filled = [], 0
+
+
+def _window(part: Planned) -> tuple[int, int]:
+    if part.extent is None:
+        return (-1, 0)
+    return (part.extent, (part.slot - part.extent) // _WINDOW_PAGES)
+
+
+def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
+    for item in portion:
+        if item.op not in _FILLS:
+            continue
+        target = host.targets.get(item.target)
+        if target is None or item.extent is None:
+            continue
+        if host.store.user_of(item.slot) != target.user:
+            outcome.skip("other-user", item.pages)
+            continue
+        tid = target.link.agent.tid
+        try:
+            if item.op == wire.OP_FILL_REPLICA:
+                verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
+                continue
+            done = verify.fill(host.store, tid, item.addr, item.pages, item.slot, host.breathe)
+        except ProcessLookupError:
+            host.drop(target)
+            continue
+        if done:
+            pieces.setdefault(item.target, []).append(Piece(item.index, item.addr, done, item.slot))
+        outcome.skip("unreadable", item.pages - done)
+    faults.point("filled")
+
+
+def _column(item: Planned, digests: bytes) -> bytes:
+    if item.pages == 1 and item.digest:
+        return struct.pack("<Q", item.digest)
+    column = digests[item.digest_at * 8 : (item.digest_at + item.pages) * 8]
+    return column if len(column) == item.pages * 8 else bytes(item.pages * 8)
+
+
+def _verify(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
+    wanted: dict[int, list[Piece]] = {}
+    for item in portion:
+        if item.op == wire.OP_MAP:
+            known = host.store.extent_of(item.slot)
+            if known is None or item.slot + item.pages > known[0] + known[1]:
+                outcome.skip("slot-freed", item.pages)  # its last mapping went after the plan was made
+                continue
+            target = host.targets.get(item.target)
+            if target is not None and target.user != host.store.user_of(item.slot):
+                outcome.skip("other-user", item.pages)
+                continue
+            wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, item.slot))
+        elif item.op == wire.OP_ZERO:
+            wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, None))
+    for number, mine in wanted.items():
+        target = host.targets.get(number)
+        if target is None:
+            outcome.skip("gone", sum(piece.pages for piece in mine))
+            continue
+        try:
+            equal = list(verify.verify(host.store, target.link.agent.tid, mine, host.breathe))
+        except ProcessLookupError:
+            host.drop(target)
+            continue
+        outcome.skip("differs", sum(p.pages for p in mine) - sum(p.pages for p in equal))
+        pieces.setdefault(number, []).extend(_joined(equal))
+    faults.point("verified")
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbouring parts of one record as one piece again."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.record == piece.record
+            and last.end == piece.addr
+            and (piece.slot is None or (last.slot is not None and last.slot + last.pages == piece.slot))
+        ):
+            joined[-1] = last._replace(pages=last.pages + piece.pages)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _commit(
+    host: Host, number: int, mine: list[Piece], continued: set[int], max_pause_us: int, outcome: Outcome
+) -> None:
+    target = host.targets.get(number)
+    pages = sum(piece.pages for piece in mine)
+    before = outcome.accounted
+    if target is None:
+        outcome.skip("gone", pages)
+        return
+    committer = Committer(
+        host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued
+    )
+    reason = _reason(host, target, lambda: committer.run(target, mine))
+    if reason is not None:
+        outcome.skip(reason, max(0, pages - (outcome.accounted - before)))
+
+
+def _settle(host: Host, ends: dict[int, list[int]], outcome: Outcome) -> None:
+    """Border pages for runs whose continuation did not make it into a later slice or portion."""
+    for number, mine in ends.items():
+        target = host.targets.get(number)
+        loose = [end for end in mine if target is not None and is_loose(target, host.store, end)]
+        if target is not None and loose:
+            _reason(host, target, lambda target=target, loose=loose: _fix(host, target, loose))  # type: ignore[misc]
+
+
+def _fix(host: Host, target: Target, loose: list[int]) -> None:
+    with host.frozen(target):
+        fix_ends(target, host.store, host.journal, loose)
+
+
+def _reason(host: Host, target: Target, work: Callable[[], None]) -> str | None:
+    """Do `work` on a target; why it could not be finished, or None."""
+    try:
+        work()
+    except (TargetGone, ProcessLookupError):
+        host.drop(target)
+        return "gone"
+    except FreezeFailed:
+        return "busy"
+    except AgentStuck:
+        return "stopped"
+    except RestoreFailed:
+        return "no-memory-for-border"
+    return None

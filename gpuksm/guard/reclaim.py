@@ -1,0 +1,55 @@
+"""Freeing slots that nobody maps any more.
+
+What must hold (docs/hazards.md, 2): a slot is punched only when no process that
+can be seen maps it and no process that could map it is hidden from us.
+"""
+
+from __future__ import annotations
+
+import os
+
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard.store import Store
+from gpuksm.linux import procfs
+from gpuksm.linux._libc import PAGE_SIZE
+
+
+def reclaim(store: Store, born: int) -> int | None:
+    """Punch every slot without a mapping; slots freed, None when it has to wait.
+
+    `born` is when the store was made, in clock ticks since boot: only younger processes
+    can have inherited a mapping that we are not allowed to see.
+    """
+    pieces: list[tuple[int, int]] = []
+    for pid in procfs.pids():
+        try:
+            for vma in procfs.maps(pid):
+                if vma.inode == store.inode and vma.path.startswith("/memfd:gpuksm-store"):
+                    first = vma.offset // PAGE_SIZE
+                    pieces.append((first, first + (vma.end - vma.start) // PAGE_SIZE))
+        except TargetGone:
+            continue
+        except NotPermitted:
+            if _could_hold(pid, born):
+                return None
+    return store.free(_united(pieces))
+
+
+def _could_hold(pid: int, born: int) -> bool:
+    """A hidden process may map our store when it is younger and any of its user ids is ours."""
+    try:
+        if procfs.stat(pid).start_time < born:
+            return False
+        return str(os.geteuid()) in procfs.status(pid)["Uid"].split()
+    except (TargetGone, KeyError):
+        return False
+
+
+def _united(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    united: list[tuple[int, int]] = []
+    for low, high in sorted(pieces):
+        if united and low <= united[-1][1]:
+            united[-1] = (united[-1][0], max(united[-1][1], high))
+        else:
+            united.append((low, high))
+    return united

@@ -1,0 +1,68 @@
+"""A successor takes over: the ledger's memory, the userfaultfds, then a new agent for every target.
+
+The dead guard's agents have ended with its sockets; merged memory is still mapped
+and its events wait in the userfaultfds that the keeper held.  Each target is taken
+like a forked child: it gets an agent while frozen, what it really maps is what it
+has merged, and events that had to be read to freeze it are dealt with before it
+goes on.
+"""
+
+from __future__ import annotations
+
+import os
+
+from gpuksm.errors import GpuksmError
+from gpuksm.guard import children, journal
+from gpuksm.guard.guard import Guard
+from gpuksm.linux import procfs
+
+
+def recover(guard: Guard, inherited: dict[str, int]) -> None:
+    """Rebuild `guard` from its journal and the descriptors that the keeper held."""
+    orphans = _replay(guard)
+    for tag, fd in inherited.items():
+        kind, _, number = tag.partition(":")
+        if kind == "track":
+            # Closing it ends its write tracking; the new agent brings a fresh one.
+            guard.keep(tag, None)
+            os.close(fd)
+        elif kind == "event":
+            orphan = orphans.setdefault(int(number), children.Orphan(0, None, int(number)))
+            orphan.uffd_event = fd
+    guard.reserve_ids(max(orphans, default=0))
+    for orphan in orphans.values():
+        if orphan.uffd_event is not None:
+            guard.orphans.append(orphan)
+    children.adopt_orphans(guard)
+
+
+def _replay(guard: Guard) -> dict[int, children.Orphan]:
+    """Extents, registrations and what is known of each target that still lives."""
+    orphans: dict[int, children.Orphan] = {}
+    for record in guard.journal.replay():
+        if record.kind == journal.BORN:
+            guard.store_born, guard.seed = record.a, record.b
+        elif record.kind == journal.EXTENT:
+            guard.store.adopt(record.a, record.b, record.c)
+        elif record.kind == journal.DIGESTS:
+            guard.store.set_digests(record.a, 0, record.column)
+        elif record.kind == journal.TARGET:
+            pid = record.a if _same_process(record.a, record.b) else None
+            orphans[record.target] = children.Orphan(0, None, record.target, pid)
+        elif record.kind == journal.GONE:
+            orphans.pop(record.target, None)
+        elif record.kind == journal.BORDER and record.target in orphans:
+            orphans[record.target].borders.add(record.a)
+        elif record.kind == journal.REGISTER:
+            guard.registry.note(record.a, None if record.c == 0 else [(record.b, record.c)])
+        elif record.kind == journal.UNREGISTER:
+            guard.registry.drop(record.a, None if record.c == 0 else [(record.b, record.c)])
+    guard.registry.listed()  # forgets those that have exited
+    return orphans
+
+
+def _same_process(pid: int, start_time: int) -> bool:
+    try:
+        return procfs.stat(pid).start_time == start_time
+    except GpuksmError:
+        return False

@@ -1,0 +1,175 @@
+"""Giving merged pages back as private anonymous memory.
+
+What must hold: after a restore the target reads exactly what it read before,
+pages it had written since the merge included, with the same protection.
+
+Done while the target is frozen, piece by piece: the agent maps fresh memory
+elsewhere, we copy the piece's present content into it (through /proc/PID/mem, so
+that PROT_NONE ranges can be read too), then the agent moves it over the piece in
+one mremap.
+
+If we die: before the move nothing has changed but a stray mapping; the move itself
+is linked to its unregistration, so the agent performs both or neither.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from gpuksm.errors import TargetGone
+from gpuksm.guard import arch, faults
+from gpuksm.guard.agent import Table
+from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.journal import BORDER, UNMAP, Journal
+from gpuksm.guard.runs import Run
+from gpuksm.guard.store import Store
+from gpuksm.guard.target import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    PROT_READ,
+    PROT_WRITE,
+    Target,
+    protection,
+)
+from gpuksm.linux import vm
+from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux.memory import PageBuffer
+
+_CHUNK_PAGES = 512
+_BUFFER = PageBuffer(_CHUNK_PAGES)
+_MREMAP_MAYMOVE_FIXED = 3
+
+
+FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.frozen
+
+
+class RestoreFailed(Exception):
+    """The target could not get fresh memory (limits); what is merged stays merged and right."""
+
+
+def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool = False) -> None:
+    """Make one merged piece (at most `_CHUNK_PAGES`) of a frozen target private again.
+
+    With `border` its pages become border pages.  Raises RestoreFailed, TargetGone.
+    """
+    agent, nr = target.link.agent, arch.current().NR
+    vma = target.query(piece.start)
+    if vma is None:
+        target.runs.remove(piece.start, piece.end)
+        return
+    size = piece.end - piece.start
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    try:
+        fresh = agent.call(nr.MMAP, 0, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+    except OSError as error:
+        raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
+    _copy(target, piece.start, fresh, size)
+    faults.point("restore-copied")
+    prot = protection(vma)
+    if prot != PROT_READ | PROT_WRITE:
+        agent.call(nr.MPROTECT, fresh, size, prot)
+    table = Table()
+    target.add_unregister(table, piece.start, size)
+    moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, linked=True)
+    if border:
+        target.add_register(table, piece.start, size)
+    result = agent.perform(table)[moved]
+    if result != piece.start:
+        # A failed move leaves the merged piece mapped; watch it again, give the copy back.
+        undo = Table()
+        undo.add(nr.MUNMAP, fresh, size)
+        target.add_register(undo, piece.start, size)
+        agent.perform(undo)
+        raise RestoreFailed(f"process {target.pid} cannot move memory ({result})")
+    faults.point("restore-moved")
+    journal.append(UNMAP, target.id, piece.start, piece.end)
+    target.runs.remove(piece.start, piece.end)
+    if border:
+        for page in range(piece.start, piece.end, PAGE_SIZE):
+            target.borders.add(page)
+            journal.append(BORDER, target.id, page)
+
+
+def _copy(target: Target, source: int, destination: int, size: int) -> None:
+    view = _BUFFER.view[:size]
+    got = os.preadv(target.memory, [view], source)
+    if got != size:
+        raise TargetGone(f"process {target.pid} has exited")
+    vm.writev(target.link.agent.tid, [(_BUFFER.address, size)], [(destination, size)])
+
+
+def restore_all(
+    target: Target,
+    journal: Journal,
+    frozen: FrozenContext,
+    max_pause_us: int,
+    breathe: Callable[[], None],
+) -> tuple[int, list[int]]:
+    """Unmerge a whole target in steps; (pages, pauses in microseconds)."""
+    pages, pauses = 0, []
+    budget_ns = max_pause_us * 1000
+    while target.runs.pages:
+        started = 0
+        with frozen(target):
+            started = time.monotonic_ns()
+            step = 0
+            while target.runs.pages:
+                run = next(iter(target.runs))
+                length = min(run.pages, _CHUNK_PAGES, 64 if not step else _CHUNK_PAGES)
+                restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
+                pages += length
+                step += 1
+                elapsed = time.monotonic_ns() - started
+                # The next piece costs about what the average piece of this pause did.
+                if elapsed + 2 * elapsed // step > budget_ns:
+                    break
+        pauses.append((time.monotonic_ns() - started) // 1000)
+        breathe()
+    return pages, pauses
+
+
+def is_loose(target: Target, store: Store, end: int) -> bool:
+    """True when a run ends at `end` inside its extent and nothing watched lies behind it."""
+    run = target.runs.at(end - PAGE_SIZE)
+    if run is None or run.end != end or store.ends_at_hole(run.slot_end):
+        return False
+    return not target.is_watched_behind(end)
+
+
+def fix_ends(target: Target, store: Store, journal: Journal, ends: list[int]) -> None:
+    """Make growth of runs that end at the addresses `ends` safe (docs/hazards.md, 3).
+
+    A run that ends inside its extent, with nothing watched behind it, gives up its
+    last page: it becomes a private border page.  The target must be frozen.
+    """
+    for end in ends:
+        run = target.runs.at(end - PAGE_SIZE)
+        if run is not None and is_loose(target, store, end):
+            restore_piece(target, journal, run.cut(end - PAGE_SIZE, end), border=True)
+
+
+def fill_hole(target: Target, store: Store, run: Run, prot: int) -> None:
+    """Map anonymous memory into an unmapped `run` and write its slots' bytes there (target frozen)."""
+    agent, nr = target.link.agent, arch.current().NR
+    size = run.end - run.start
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+    for _ in range(100):
+        try:
+            agent.call(nr.MMAP, run.start, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+            break
+        except OSError:
+            time.sleep(0.01)  # the freeze is kept: a target without its memory must not run
+    else:
+        raise RestoreFailed(f"process {target.pid} cannot get back {size} bytes at {run.start:#x}")
+    for done in range(0, run.pages, _CHUNK_PAGES):
+        count = min(_CHUNK_PAGES, run.pages - done)
+        store.read(run.slot + done, _BUFFER.view[: count * PAGE_SIZE])
+        where = run.start + done * PAGE_SIZE
+        vm.writev(agent.tid, [(_BUFFER.address, count * PAGE_SIZE)], [(where, count * PAGE_SIZE)])
+    if prot != PROT_READ | PROT_WRITE:
+        agent.call(nr.MPROTECT, run.start, size, prot)

@@ -1,0 +1,99 @@
+"""The merged runs of one target: sorted, disjoint address ranges with the slots they map."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gpuksm.linux._libc import PAGE_SIZE
+
+
+class Run(NamedTuple):
+    """Addresses [start, end) map the store from `slot` on."""
+
+    start: int
+    end: int
+    slot: int
+
+    @property
+    def pages(self) -> int:
+        return (self.end - self.start) // PAGE_SIZE
+
+    @property
+    def slot_end(self) -> int:
+        return self.slot + self.pages
+
+    def cut(self, start: int, end: int) -> Run:
+        """The part inside [start, end), which must overlap."""
+        low, high = max(start, self.start), min(end, self.end)
+        return Run(low, high, self.slot + (low - self.start) // PAGE_SIZE)
+
+
+class Runs:
+    """A set of runs; adjacent runs with consecutive slots become one."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._runs: list[Run] = []
+        self.pages = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs)
+
+    def at(self, address: int) -> Run | None:
+        """The run that covers `address`."""
+        index = bisect.bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._runs[index].end:
+            return self._runs[index]
+        return None
+
+    def overlapping(self, start: int, end: int) -> list[Run]:
+        """The parts of runs inside [start, end), in order."""
+        index = max(0, bisect.bisect_right(self._starts, start) - 1)
+        found = []
+        while index < len(self._runs) and self._runs[index].start < end:
+            if self._runs[index].end > start:
+                found.append(self._runs[index].cut(start, end))
+            index += 1
+        return found
+
+    def remove(self, start: int, end: int) -> list[Run]:
+        """Forget [start, end); the parts of runs that were there."""
+        removed = self.overlapping(start, end)
+        if not removed:
+            return removed
+        first = bisect.bisect_right(self._starts, removed[0].start) - 1
+        last = bisect.bisect_right(self._starts, removed[-1].start) - 1
+        left, right = self._runs[first], self._runs[last]
+        rest = []
+        if left.start < start:
+            rest.append(left.cut(left.start, start))
+        if right.end > end:
+            rest.append(right.cut(end, right.end))
+        self._runs[first : last + 1] = rest
+        self._starts[first : last + 1] = [run.start for run in rest]
+        self.pages -= sum(run.pages for run in removed)
+        return removed
+
+    def add(self, run: Run) -> None:
+        """Put `run` in place of whatever was there."""
+        self.remove(run.start, run.end)
+        self.pages += run.pages
+        index = bisect.bisect_left(self._starts, run.start)
+        if index and self._joins(self._runs[index - 1], run):
+            index -= 1
+            run = Run(self._runs[index].start, run.end, self._runs[index].slot)
+            del self._runs[index], self._starts[index]
+        if index < len(self._runs) and self._joins(run, self._runs[index]):
+            run = Run(run.start, self._runs[index].end, run.slot)
+            del self._runs[index], self._starts[index]
+        self._runs.insert(index, run)
+        self._starts.insert(index, run.start)
+
+    @staticmethod
+    def _joins(left: Run, right: Run) -> bool:
+        return left.end == right.start and left.slot_end == right.slot

@@ -1,0 +1,194 @@
+"""The store: one memfd of stable pages, shared by every merged mapping.
+
+What must hold:
+- Only the guard writes it; targets hold a read-only descriptor; its mode 0400
+  keeps other users from reopening it for writing; it is sealed against
+  shrinking and growing.
+- An offset is used once and never again, so no stale mapping or digest can ever
+  mean other content (offsets are free, the file is sparse).
+- Behind every extent lies a hole that is never allocated: growing a merged
+  mapping in place reads zeros (docs/hazards.md, 3).
+- Processes of different users never share a slot: how fast a write to a page is
+  would tell one whether another has the same page.
+- A slot is punched only when no mapping of it is left anywhere (reclaim.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import os
+from collections.abc import Sequence
+
+from gpuksm.errors import FeatureMissing
+from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux.memory import punch_hole
+
+STORE_BYTES = 1 << 62
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
+_FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
+_LARGE_EXTENT = 512
+
+
+def hole_behind(slots: int) -> int:
+    """Pages never allocated behind an extent of `slots`.
+
+    The page cache index pays for every isolated slot, so small extents get small
+    holes: about 2 % of their size goes into the index.
+    """
+    if slots >= _LARGE_EXTENT:
+        return _FAR_HOLE
+    return slots * 64 if slots >= 8 else 8 - slots % 8
+
+
+class Store:
+    """The memfd and what is allocated in it; slots are page numbers in the file."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = _create() if fd is None else fd
+        self.read_only = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self.fd)
+        self.device, self.inode = status.st_dev, status.st_ino
+        self._starts: list[int] = []
+        self._slots: list[int] = []
+        self._digests: list[bytes] = []
+        self._users: list[int] = []
+        self._next = _LARGE_EXTENT  # slot 0 is never used: offset 0 is what careless code maps
+
+    def allocate(self, slots: int, user: int) -> int:
+        """First slot of a new extent for processes of `user`; its digests are all unknown (0)."""
+        start = self._next
+        self.adopt(start, slots, user)
+        return start
+
+    def adopt(self, start: int, slots: int, user: int) -> None:
+        """Note an extent that exists already (ledger replay)."""
+        if (start + slots + _FAR_HOLE) * PAGE_SIZE >= STORE_BYTES:
+            raise FeatureMissing(
+                "the store's offsets are used up: run `gpuksm unmerge --all`, then scan again"
+            )
+        self._starts.append(start)
+        self._slots.append(slots)
+        self._digests.append(bytes(8 * slots))
+        self._users.append(user)
+        # Congruent extents could share one huge page table entry; alignment also keeps index nodes shared.
+        self._next = start + slots + hole_behind(slots)
+        if slots >= _LARGE_EXTENT:
+            self._next = -(-self._next // _LARGE_EXTENT) * _LARGE_EXTENT
+
+    def set_digests(self, start: int, first: int, digests: bytes) -> None:
+        """Remember digests of the extent at `start` from its slot `first` on."""
+        index = self._index(start)
+        old = self._digests[index]
+        self._digests[index] = old[: first * 8] + digests + old[first * 8 + len(digests) :]
+
+    def digests_of(self, start: int) -> bytes:
+        return self._digests[self._index(start)]
+
+    def extent_of(self, slot: int) -> tuple[int, int] | None:
+        """(first slot, slots) of the live extent that holds `slot`."""
+        index = bisect.bisect_right(self._starts, slot) - 1
+        if index < 0 or slot >= self._starts[index] + self._slots[index]:
+            return None
+        return self._starts[index], self._slots[index]
+
+    def user_of(self, slot: int) -> int | None:
+        """The user whose processes may map `slot`; None for a slot of no live extent."""
+        if self.extent_of(slot) is None:
+            return None
+        return self._users[bisect.bisect_right(self._starts, slot) - 1]
+
+    def ends_at_hole(self, slot_end: int) -> bool:
+        """True when slot `slot_end` - 1 is the last of its extent."""
+        extent = self.extent_of(slot_end - 1)
+        return extent is not None and extent[0] + extent[1] == slot_end
+
+    def extents(self) -> list[tuple[int, int, bytes]]:
+        """Every live extent: first slot, slots, digest column."""
+        return list(zip(self._starts, self._slots, self._digests, strict=True))
+
+    def write(self, slot: int, data: Sequence[memoryview]) -> None:
+        """Fill slots from `slot` on; raises OSError (ENOSPC) when memory is short."""
+        want = sum(part.nbytes for part in data)
+        if os.pwritev(self.fd, data, slot * PAGE_SIZE) != want:
+            raise OSError(28, "the store could not be filled: out of memory")
+
+    def read(self, slot: int, into: memoryview) -> None:
+        """Read slots from `slot` on; holes read as zeros."""
+        got = os.preadv(self.fd, [into], slot * PAGE_SIZE)
+        if got != into.nbytes:
+            raise OSError(5, "short read of the store")
+
+    def free(self, mapped: Sequence[tuple[int, int]]) -> int:
+        """Punch every allocated slot outside `mapped` (sorted, disjoint [start, end)); slots freed."""
+        freed = 0
+        keep: list[tuple[int, int, bytes, int]] = []
+        starts = [piece[0] for piece in mapped]
+        for (start, slots, digests), user in zip(self.extents(), self._users, strict=True):
+            gaps = _gaps(start, start + slots, mapped, starts)
+            if gaps == [(start, start + slots)]:
+                punch_hole(self.fd, start * PAGE_SIZE, slots * PAGE_SIZE)
+                freed += slots
+                continue
+            for low, high in gaps:
+                first, last = (low - start) * 8, (high - start) * 8
+                if digests[first:last].count(0) == last - first:
+                    continue  # punched before
+                punch_hole(self.fd, low * PAGE_SIZE, (high - low) * PAGE_SIZE)
+                digests = digests[:first] + bytes(last - first) + digests[last:]
+                freed += high - low
+            keep.append((start, slots, digests, user))
+        self._starts = [item[0] for item in keep]
+        self._slots = [item[1] for item in keep]
+        self._digests = [item[2] for item in keep]
+        self._users = [item[3] for item in keep]
+        return freed
+
+    def used_bytes(self) -> int:
+        """Bytes of memory (or swap) that the store really takes."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def slots(self) -> int:
+        return sum(self._slots)
+
+    def _index(self, start: int) -> int:
+        index = bisect.bisect_left(self._starts, start)
+        if index == len(self._starts) or self._starts[index] != start:
+            raise KeyError(start)
+        return index
+
+
+def _gaps(
+    start: int, end: int, mapped: Sequence[tuple[int, int]], starts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Parts of [start, end) that no piece of `mapped` covers."""
+    gaps = []
+    at = start
+    index = max(0, bisect.bisect_right(starts, start) - 1)
+    while at < end and index < len(mapped):
+        low, high = mapped[index]
+        index += 1
+        if high <= at:
+            continue
+        if low >= end:
+            break
+        if low > at:
+            gaps.append((at, low))
+        at = high
+    if at < end:
+        gaps.append((at, end))
+    return gaps
+
+
+def _create() -> int:
+    fd = os.memfd_create("gpuksm-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, STORE_BYTES)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
+        os.fchmod(fd, 0o400)
+    except OSError as error:
+        os.close(fd)
+        raise FeatureMissing(
+            f"cannot make the store ({error.strerror}); is there a file size limit (ulimit -f)?"
+        ) from None
+    return fd

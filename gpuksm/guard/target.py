@@ -1,0 +1,197 @@
+"""One target: its agent, userfaultfds, what is merged in it and what must not be."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard import arch
+from gpuksm.guard.agent import Table
+from gpuksm.guard.attach import Attachment
+from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.runs import Runs
+from gpuksm.linux import census, pagemap, procfs, uffd
+from gpuksm.linux._libc import PAGE_SIZE
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 2, 0x10, 0x20, 0x4000
+MADV_DONTNEED = 4
+
+
+@dataclass
+class Target:
+    """A process with an agent in it.
+
+    `regions`: [start, end) ranges whose writes are tracked.  `borders`: pages that
+    are kept unmerged behind a run that ends inside an extent, watched like merged
+    memory.  `tainted`: ranges whose tracking bits cannot be trusted until the next
+    arm (something was moved there).
+    """
+
+    id: int
+    pid: int
+    start_time: int
+    name: str
+    user: int
+    link: Attachment
+    pagemap: int
+    memory: int
+    maps: int
+    regions: list[tuple[int, int]] = field(default_factory=list)
+    runs: Runs = field(default_factory=Runs)
+    borders: set[int] = field(default_factory=set)
+    tainted: list[tuple[int, int]] = field(default_factory=list)
+    tethered: set[int] = field(default_factory=set)
+    coredump_filter: int | None = None
+    parked: Freeze | None = None
+    pauses_us: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    @classmethod
+    def open(cls, number: int, pid: int, link: Attachment) -> Target:
+        """Open what a target needs; TargetGone, NotPermitted."""
+        fds: list[int] = []
+        try:
+            stat = procfs.stat(pid)
+            fds.append(pagemap.open_pagemap(pid))
+            with procfs.errors_of(pid):
+                fds.append(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+            fds.append(procfs.open_maps(pid))
+        except (TargetGone, NotPermitted):
+            for fd in fds:
+                os.close(fd)
+            raise
+        return cls(number, pid, stat.start_time, stat.comm, procfs.user(pid), link, fds[0], fds[1], fds[2])
+
+    def freeze(self) -> Freeze:
+        """A freeze of this target, not begun."""
+        return Freeze(self.pid, self.link.agent.tid, self.tethered)
+
+    def has_agent(self) -> bool:
+        """False once the process has exited or called exec: then all we know of it is void."""
+        return not self.closed and census.thread_exists(self.pid, self.link.agent.tid)
+
+    def query(self, address: int) -> procfs.VmaQuery | None:
+        """The VMA that covers `address`, or None."""
+        return procfs.query_vma(self.maps, address, or_next=False)
+
+    def is_watched_behind(self, address: int) -> bool:
+        """True when the page at `address` raises events: merged, or a border page."""
+        return address in self.borders or self.runs.at(address) is not None
+
+    def has_border_in(self, start: int, end: int) -> bool:
+        """True when a border page lies in [start, end)."""
+        if (end - start) // PAGE_SIZE <= len(self.borders):
+            return any(page in self.borders for page in range(start, end, PAGE_SIZE))
+        return any(start <= page < end for page in self.borders)
+
+    # -- entries for the agent -------------------------------------------------
+
+    def add_register(self, table: Table, start: int, length: int) -> None:
+        """Watch [start, start + length); linked to the entry before."""
+        argument = self.link.agent.aux_address(table, uffd.register_argument(start, length))
+        table.add(arch.current().NR.IOCTL, self.link.agent_event, uffd.UFFDIO_REGISTER, argument, linked=True)
+
+    def add_unregister(
+        self, table: Table, start: int, length: int, *, tracking: bool = False, linked: bool = False
+    ) -> None:
+        """Stop watching (or tracking) [start, start + length)."""
+        argument = self.link.agent.aux_address(table, uffd.range_argument(start, length))
+        fd = self.link.agent_track if tracking else self.link.agent_event
+        table.add(arch.current().NR.IOCTL, fd, uffd.UFFDIO_UNREGISTER, argument, linked=linked)
+
+    def add_border(self, table: Table, page: int) -> None:
+        """Make the tracked page at `page` a border page."""
+        self.add_unregister(table, page, PAGE_SIZE, tracking=True)
+        self.add_register(table, page, PAGE_SIZE)
+
+    def add_map_store(self, table: Table, start: int, length: int, prot: int, slot: int) -> int:
+        """Replace [start, start + length) by the store from `slot` on, then watch it."""
+        index = table.add(
+            arch.current().NR.MMAP,
+            start,
+            length,
+            prot,
+            MAP_PRIVATE | MAP_FIXED,
+            self.link.agent_store,
+            slot * PAGE_SIZE,
+        )
+        self.add_register(table, start, length)
+        return index
+
+    def add_map_zeros(self, table: Table, start: int, length: int, prot: int) -> int:
+        """Replace merged [start, start + length) by fresh anonymous memory."""
+        self.add_unregister(table, start, length)
+        return table.add(
+            arch.current().NR.MMAP,
+            start,
+            length,
+            prot,
+            MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS,
+            -1,
+            0,
+            linked=True,
+        )
+
+    def track(self, regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Register plain anonymous memory for write tracking; the ranges that are tracked now."""
+        tracked = []
+        for start, end in regions:
+            for low, high in self._unmerged(start, end):
+                try:
+                    uffd.register(self.link.uffd_track, low, high - low)
+                except OSError:
+                    continue  # unmapped meanwhile, or another userfaultfd's
+                tracked.append((low, high))
+        self.regions = tracked
+        return tracked
+
+    def _unmerged(self, start: int, end: int) -> list[tuple[int, int]]:
+        busy = [(run.start, run.end) for run in self.runs.overlapping(start, end)]
+        busy += [(page, page + PAGE_SIZE) for page in self.borders if start <= page < end]
+        free, at = [], start
+        for low, high in sorted(busy):
+            if low > at:
+                free.append((at, low))
+            at = max(at, high)
+        if at < end:
+            free.append((at, end))
+        return free
+
+    # -- core dumps ------------------------------------------------------------
+
+    def keep_in_core_dumps(self) -> None:
+        """Merged memory is private file memory, which core dumps leave out unless bit 2 is set."""
+        if self.coredump_filter is not None:
+            return
+        path = f"/proc/{self.pid}/coredump_filter"
+        try:
+            with open(path) as file:
+                self.coredump_filter = int(file.read(), 16)
+            with open(path, "w") as file:
+                file.write(hex(self.coredump_filter | 4))
+        except (OSError, ValueError):
+            self.coredump_filter = None
+
+    def restore_core_dumps(self) -> None:
+        if self.coredump_filter is None:
+            return
+        try:
+            with open(f"/proc/{self.pid}/coredump_filter", "w") as file:
+                file.write(hex(self.coredump_filter))
+        except OSError:
+            pass
+        self.coredump_filter = None
+
+    def close(self) -> None:
+        """Close every descriptor: the agent ends, the userfaultfds let the memory go."""
+        self.closed = True
+        self.link.agent.close()
+        for fd in (self.link.uffd_track, self.link.uffd_event, self.pagemap, self.memory, self.maps):
+            os.close(fd)
+
+
+def protection(vma: procfs.VmaQuery) -> int:
+    """PROT_* bits of a VMA (QUERY_READ, WRITE, EXEC are the same bits)."""
+    return vma.flags & (PROT_READ | PROT_WRITE | PROT_EXEC)

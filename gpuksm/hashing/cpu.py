@@ -1,0 +1,92 @@
+"""The CPU backend: a few threads that each read a chunk and hash it while it is still in their cache."""
+
+from __future__ import annotations
+
+import sys
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuksm.errors import BackendUnavailable
+from gpuksm.hashing import selftest, xxh3
+from gpuksm.hashing.crew import Crew
+from gpuksm.hashing.protocol import PAGE_BYTES, PageSource
+from gpuksm.hashing.sort import radix_sort
+
+if sys.byteorder != "little":
+    raise BackendUnavailable("the cpu backend needs a little-endian machine")
+
+from gpuksm.hashing._page_kernel import hash_pages
+
+# Large enough that the cost of a read call is spread out, small enough that
+# the chunk is still in the reader's L2 cache when it is hashed.
+CHUNK_PAGES = 256
+
+
+def digest_pages(pages: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """(digests uint64[n], kinds uint8[n]) of pages that are in memory already; `pages` is uint8[n, 4096]."""
+    count = len(pages)
+    digests, kinds = np.empty(count, np.uint64), np.empty(count, np.uint8)
+    readable = np.ones(count, np.bool_)
+    hash_pages(pages.reshape(-1).view(np.uint64), readable, xxh3.page_keys(seed), digests, kinds)
+    return digests, kinds
+
+
+class _Staging:
+    """One thread's place to read a chunk into."""
+
+    def __init__(self, pages: int) -> None:
+        # Aligned to a page: no vector load straddles two cache lines.
+        room = np.empty((pages + 1) * PAGE_BYTES, np.uint8)
+        start = -room.ctypes.data % PAGE_BYTES
+        self.octets = room[start : start + pages * PAGE_BYTES]
+        self.words = self.octets.view(np.uint64)
+        self.ok = np.empty(pages, np.bool_)
+
+
+class CpuHasher:
+    """XXH3 in vector code on `threads` threads (0: one for each CPU this process may use).
+
+    Raises BackendUnavailable when the kernel fails its self-test.
+    """
+
+    name = "cpu"
+
+    def __init__(self, seed: int, threads: int = 0, chunk_pages: int = CHUNK_PAGES) -> None:
+        selftest.check(self.name, digest_pages)
+        self.seed = seed
+        self.chunk_pages = chunk_pages
+        self._keys = xxh3.page_keys(seed)
+        self._crew = Crew(threads)
+        self._staging = [_Staging(chunk_pages) for _ in range(self._crew.threads)]
+        self._busy = Lock()
+
+    @property
+    def threads(self) -> int:
+        return self._crew.threads
+
+    def digest(self, source: PageSource, digests: NDArray[np.uint64], kinds: NDArray[np.uint8]) -> None:
+        """See `Hasher.digest`; calls from several threads take turns."""
+        pages = source.pages
+        if len(digests) < pages or len(kinds) < pages:
+            raise ValueError(f"{pages} pages need as many digests and kinds")
+
+        def chunk(worker: int, item: int) -> None:
+            staging = self._staging[worker]
+            first = item * self.chunk_pages
+            end = min(first + self.chunk_pages, pages)
+            source.read(first, end - first, staging.octets, staging.ok)
+            hash_pages(staging.words, staging.ok, self._keys, digests[first:end], kinds[first:end])
+
+        with self._busy:
+            self._crew.run(chunk, -(-pages // self.chunk_pages))
+
+    def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        """See `Hasher.sort`."""
+        return radix_sort(digests, self._crew.threads)
+
+    def close(self) -> None:
+        """End the threads and drop the staging buffers."""
+        self._crew.close()
+        self._staging.clear()

@@ -1,0 +1,166 @@
+"""PAGEMAP_SCAN and the entries of /proc/PID/pagemap.
+
+PAGEMAP_SCAN (include/uapi/linux/fs.h, since Linux 6.7, 52526ca7fdb9) reports
+page categories and arms write tracking.  A page is selected when
+((categories ^ inverted) & mask) == mask and, where `anyof` is not 0,
+((categories ^ inverted) & anyof) != 0; of a selected page the bits in `ret` are
+reported, as (start, end, bits) for stretches with equal bits.
+
+Select positively: "not WRITTEN" also holds for memory that was unmapped and
+mapped anew.  WPALLOWED & PRESENT & not WRITTEN is what means "unchanged".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+
+from gpuksm.linux._libc import PAGE_SIZE, unsupported
+from gpuksm.linux.procfs import errors_of
+
+PAGE_IS_WPALLOWED = 1 << 0
+PAGE_IS_WRITTEN = 1 << 1
+PAGE_IS_FILE = 1 << 2
+PAGE_IS_PRESENT = 1 << 3
+PAGE_IS_SWAPPED = 1 << 4
+PAGE_IS_PFNZERO = 1 << 5
+PAGE_IS_HUGE = 1 << 6
+PAGE_IS_SOFT_DIRTY = 1 << 7
+
+PM_SCAN_WP_MATCHING = 1 << 0  # write-protect what was selected
+PM_SCAN_CHECK_WPASYNC = 1 << 1  # EPERM where write tracking is not registered
+
+# Bits of a pagemap entry, Documentation/admin-guide/mm/pagemap.rst.
+ENTRY_PRESENT = 1 << 63
+ENTRY_SWAPPED = 1 << 62
+ENTRY_FILE = 1 << 61
+ENTRY_EXCLUSIVE = 1 << 56
+ENTRY_BYTES = 8
+
+REGION = struct.Struct("=3Q")  # struct page_region: start, end, categories
+_ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg
+_PAGEMAP_SCAN = 0xC0606610
+_WALK_END_OFFSET = 32
+_REGIONS_PER_CALL = 4096
+
+
+def open_pagemap(pid: int) -> int:
+    """A read-only descriptor of /proc/PID/pagemap; the caller closes it."""
+    with errors_of(pid):
+        return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def scan_into(
+    fd: int,
+    start: int,
+    end: int,
+    buffer_address: int,
+    capacity: int,
+    *,
+    inverted: int = 0,
+    mask: int = 0,
+    anyof: int = 0,
+    ret: int = 0,
+    flags: int = 0,
+) -> tuple[int, int]:
+    """One PAGEMAP_SCAN call over [start, end) into `capacity` page_regions at `buffer_address`.
+
+    Returns (regions written, address the walk ended at); where that is below
+    `end` the buffer was full, and the caller goes on from there.  With capacity
+    0 and PM_SCAN_WP_MATCHING pages are armed and nothing is reported.  Raises
+    OSError: ENOTTY (no PAGEMAP_SCAN), EPERM (CHECK_WPASYNC), ESRCH (target gone).
+    """
+    argument = bytearray(
+        _ARGUMENT.pack(
+            _ARGUMENT.size,
+            flags,
+            start,
+            end,
+            0,
+            buffer_address,
+            capacity,
+            0,
+            inverted,
+            mask,
+            anyof,
+            ret,
+        )
+    )
+    count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
+    walk_end: int = struct.unpack_from("=Q", argument, _WALK_END_OFFSET)[0]
+    if count:
+        # Where the buffer fills with the very last page, walk_end lies up to 512
+        # pages before stretches that were reported (seen on 6.18): going on from
+        # there would report them twice.
+        last = buffer_address + (count - 1) * REGION.size
+        walk_end = max(walk_end, ctypes.c_uint64.from_address(last + 8).value)
+    return count, walk_end
+
+
+def scan(
+    fd: int,
+    start: int,
+    end: int,
+    *,
+    inverted: int = 0,
+    mask: int = 0,
+    anyof: int = 0,
+    ret: int = 0,
+    flags: int = 0,
+) -> list[tuple[int, int, int]]:
+    """All (start, end, categories) of [start, end), page-aligned; errors as `scan_into`.
+
+    Stretches of one call never overlap; neighbours with equal categories may be
+    reported in two pieces where one call ended.
+    """
+    buffer = bytearray(REGION.size * _REGIONS_PER_CALL)
+    pinned = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    address = ctypes.addressof(pinned)
+    found: list[tuple[int, int, int]] = []
+    while start < end:
+        count, walk_end = scan_into(
+            fd,
+            start,
+            end,
+            address,
+            _REGIONS_PER_CALL,
+            inverted=inverted,
+            mask=mask,
+            anyof=anyof,
+            ret=ret,
+            flags=flags,
+        )
+        found.extend(REGION.iter_unpack(bytes(memoryview(buffer)[: count * REGION.size])))
+        if walk_end <= start:
+            break
+        start = walk_end
+    return found
+
+
+def read_entries(fd: int, start: int, buffer: bytearray | memoryview) -> int:
+    """Fill `buffer` with the 8-byte pagemap entries of the pages from `start`; returns entries read."""
+    view = memoryview(buffer).cast("B")
+    offset = start // PAGE_SIZE * ENTRY_BYTES
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if not got:
+            break
+        done += got
+    return done // ENTRY_BYTES
+
+
+def probe() -> bool:
+    """Whether this kernel has PAGEMAP_SCAN."""
+    fd = open_pagemap(os.getpid())
+    try:
+        scan_into(fd, 0, PAGE_SIZE, 0, 0)
+    except OSError as error:
+        if unsupported(error):
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True

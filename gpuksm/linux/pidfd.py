@@ -1,0 +1,35 @@
+"""Descriptors of other processes: pidfd_getfd(2), Linux 5.6, and kcmp(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from gpuksm.linux._libc import syscall_function
+
+_KCMP_VM = 1
+_pidfd_getfd = syscall_function("pidfd_getfd", 438, ctypes.c_int, ctypes.c_int, ctypes.c_uint)
+_kcmp = syscall_function(
+    "kcmp", 312, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong
+)
+
+
+def steal(pidfd: int, fd: int) -> int:
+    """A duplicate, close-on-exec, of descriptor `fd` of the process behind `pidfd`."""
+    return int(_pidfd_getfd(pidfd, fd, 0))
+
+
+def open_process(pid: int) -> int:
+    """A pidfd of process `pid`; ProcessLookupError when it is gone."""
+    return os.pidfd_open(pid)
+
+
+def same_memory(pid: int, other: int) -> bool | None:
+    """True when both share one address space, None when that cannot be told (gone, not permitted)."""
+    try:
+        return bool(_kcmp(pid, other, _KCMP_VM, 0, 0) == 0)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EPERM, errno.EACCES):
+            return None
+        raise

@@ -1,0 +1,412 @@
+"""/proc/PID parsing: maps, smaps, status, stat, threads, descriptors.
+
+Functions take a pid and return plain values.  What a process chooses (its name,
+file names, names of anonymous memory) may hold any byte: lines are cut at the
+places the kernel guarantees and nowhere else, and text is decoded with
+surrogateescape, so that hostile names can confuse nobody.  A process that is
+gone raises `TargetGone`, one that may not be looked at `NotPermitted`.
+Formats: Documentation/filesystems/proc.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.linux._libc import unsupported
+
+_READ_BYTES = 1 << 20
+_MAPS_LINE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][sp]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$",
+    re.MULTILINE,
+)
+_HUGETLB = (b"\nPrivate_Hugetlb:", b"\nShared_Hugetlb:")
+_GONE = (errno.ENOENT, errno.ESRCH)
+_DENIED = (errno.EACCES, errno.EPERM)
+
+# struct procmap_query, include/uapi/linux/fs.h, since Linux 6.11 (ed5d583a88a9).
+_QUERY = struct.Struct("=9Q4I2Q")
+_PROCMAP_QUERY = 0xC0686611
+_QUERY_COVERING_OR_NEXT = 0x10
+QUERY_READ, QUERY_WRITE, QUERY_EXEC, QUERY_SHARED = 1, 2, 4, 8
+
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+PF_KTHREAD = 0x00200000  # include/linux/sched.h, the flags field of /proc/PID/stat
+
+
+class Vma(NamedTuple):
+    """One line of /proc/PID/maps; `start`, `end`, `offset` in bytes."""
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    dev: str
+    inode: int
+    path: str
+
+
+class SmapsVma(NamedTuple):
+    """One VMA of /proc/PID/smaps; sizes in bytes."""
+
+    vma: Vma
+    flags: frozenset[str]
+    rss: int
+    anonymous: int
+    hugetlb: int
+    protection_key: int
+
+
+class VmaQuery(NamedTuple):
+    """What PROCMAP_QUERY says of one VMA; `flags` are QUERY_* bits, `offset` in bytes."""
+
+    start: int
+    end: int
+    flags: int
+    offset: int
+    inode: int
+
+
+class Stat(NamedTuple):
+    """Fields of /proc/PID/stat; times in clock ticks (SC_CLK_TCK)."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    flags: int
+    num_threads: int
+    start_time: int
+    utime: int
+    stime: int
+
+
+@contextmanager
+def errors_of(pid: int) -> Iterator[None]:
+    """Turn ENOENT/ESRCH into TargetGone and EACCES/EPERM into NotPermitted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _GONE:
+            raise TargetGone(f"process {pid} is gone") from None
+        if error.errno in _DENIED:
+            raise NotPermitted(f"process {pid} may not be inspected by this user") from None
+        raise
+
+
+def _read(pid: int, name: str) -> bytes:
+    with errors_of(pid):
+        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            chunks = []
+            while chunk := os.read(fd, _READ_BYTES):
+                chunks.append(chunk)
+        finally:
+            os.close(fd)
+    return b"".join(chunks)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _vma(start: bytes, end: bytes, perms: bytes, offset: bytes, dev: bytes, inode: bytes, path: bytes) -> Vma:
+    # The kernel writes a newline within a path as the four characters \\012.
+    name = _text(path.replace(b"\\012", b"\n")) if path else ""
+    return Vma(int(start, 16), int(end, 16), perms.decode(), int(offset, 16), dev.decode(), int(inode), name)
+
+
+def parse_maps(data: bytes) -> list[Vma]:
+    """The VMAs of a maps file, in address order; lines of another shape are left out."""
+    return [_vma(*fields) for fields in _MAPS_LINE.findall(data)]
+
+
+def maps(pid: int) -> list[Vma]:
+    """Every VMA of process `pid`, in address order; empty for kernel threads and zombies."""
+    return parse_maps(_read(pid, "maps"))
+
+
+def parse_smaps(data: bytes) -> list[SmapsVma]:
+    """The VMAs of a smaps file, in address order; a VMA without its VmFlags line is left out.
+
+    Cut at the line each VMA ends with, as there may be 60,000 of twenty-five lines each.
+    """
+    known: dict[bytes, frozenset[str]] = {}
+    result: list[SmapsVma] = []
+    blocks = (b"\n" + data).split(b"\nVmFlags:")
+    for block, behind in itertools.pairwise(blocks):
+        # What a block begins with is the rest of the flags before it.
+        head = _MAPS_LINE.search(block, block.find(b"\n") + 1)
+        if head is None:
+            continue
+        flags = behind.partition(b"\n")[0]
+        if flags not in known:
+            known[flags] = frozenset(_text(flags).split())
+        huge = "ht" in known[flags]
+        result.append(
+            SmapsVma(
+                _vma(*head.groups()),
+                known[flags],
+                _smaps_number(block, b"\nRss:") * 1024,
+                _smaps_number(block, b"\nAnonymous:") * 1024,
+                sum(_smaps_number(block, name) for name in _HUGETLB) * 1024 if huge else 0,
+                _smaps_number(block, b"\nProtectionKey:"),
+            )
+        )
+    return result
+
+
+def _smaps_number(block: bytes, name: bytes) -> int:
+    at = block.find(name)
+    if at < 0:
+        return 0
+    word = block[at + len(name) : at + len(name) + 32].split(None, 1)
+    return int(word[0]) if word and word[0].isdigit() else 0
+
+
+def smaps(pid: int) -> list[SmapsVma]:
+    """Every VMA of process `pid` with what smaps adds; the kernel walks all its page tables for this."""
+    return parse_smaps(_read(pid, "smaps"))
+
+
+def smaps_flags(pid: int) -> dict[int, frozenset[str]]:
+    """{VMA start: its VmFlags, two letters each} of process `pid`; costs as much as `smaps`."""
+    return {entry.vma.start: entry.flags for entry in smaps(pid)}
+
+
+def smaps_rollup(pid: int) -> dict[str, int]:
+    """Sums over all VMAs of process `pid` in bytes, under the kernel's names (Rss, Pss_Anon...)."""
+    result = {}
+    for line in _read(pid, "smaps_rollup").split(b"\n")[1:]:
+        name, _, value = line.partition(b":")
+        words = value.split()
+        if len(words) == 2 and words[1] == b"kB" and words[0].isdigit():
+            result[_text(name)] = int(words[0]) * 1024
+    return result
+
+
+def _parse_status(data: bytes) -> dict[str, str]:
+    result: dict[str, str] = {}
+    for line in data.split(b"\n"):
+        name, colon, value = line.partition(b":")
+        if colon:
+            result.setdefault(_text(name), _text(value.strip()))
+    return result
+
+
+def status(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status by name; values as written, spaces around them removed."""
+    return _parse_status(_read(pid, "status"))
+
+
+def parse_stat(data: bytes) -> Stat:
+    """/proc/PID/stat; the name may hold spaces, parentheses and newlines."""
+    head, opening, rest = data.partition(b"(")
+    comm, closing, tail = rest.rpartition(b")")
+    fields = tail.split()
+    if not opening or not closing or len(fields) < 20:
+        raise ValueError("not a stat file")
+    return Stat(
+        pid=int(head),
+        comm=_text(comm),
+        state=_text(fields[0]),
+        ppid=int(fields[1]),
+        flags=int(fields[6]),
+        num_threads=int(fields[17]),
+        start_time=int(fields[19]),
+        utime=int(fields[11]),
+        stime=int(fields[12]),
+    )
+
+
+def user(pid: int) -> int:
+    """Real user id of process `pid`."""
+    return int(status(pid)["Uid"].split()[0])
+
+
+def stat(pid: int) -> Stat:
+    """/proc/PID/stat of process `pid`."""
+    return parse_stat(_read(pid, "stat"))
+
+
+def thread_status(pid: int, tid: int) -> dict[str, str]:
+    """The lines of /proc/PID/task/TID/status by name."""
+    return _parse_status(_read(pid, f"task/{tid}/status"))
+
+
+def command_line(pid: int) -> list[str]:
+    """The arguments of process `pid`; empty for kernel threads and zombies."""
+    return _text(_read(pid, "cmdline")).split("\0")[:-1]
+
+
+def user_namespace(pid: int) -> str:
+    """A name for the user namespace of process `pid`, equal for processes in the same one."""
+    with errors_of(pid):
+        return os.readlink(f"/proc/{pid}/ns/user")
+
+
+def owner(pid: int) -> int:
+    """The uid that owns files in /proc/PID: the effective uid, or 0 for a process that is not dumpable."""
+    with errors_of(pid):
+        # Not of the folder itself, which belongs to the effective uid in any case.
+        return os.stat(f"/proc/{pid}/stat").st_uid
+
+
+def executable_head(pid: int) -> bytes:
+    """The first 20 bytes of the program process `pid` runs (ELF identification, type and machine)."""
+    with errors_of(pid), open(f"/proc/{pid}/exe", "rb") as file:
+        return file.read(20)
+
+
+def may_attach(pid: int) -> bool:
+    """Whether the kernel lets this process trace process `pid` (opening its mem asks just that)."""
+    try:
+        with errors_of(pid):
+            os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+    except NotPermitted:
+        return False
+    return True
+
+
+def threads(pid: int) -> list[int]:
+    """Thread ids of process `pid`, sorted."""
+    with errors_of(pid):
+        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the children of all threads of process `pid`, sorted."""
+    found: set[int] = set()
+    for tid in threads(pid):
+        try:
+            found.update(int(word) for word in _read(pid, f"task/{tid}/children").split())
+        except TargetGone:
+            # The thread ended, or the kernel lacks CONFIG_PROC_CHILDREN.
+            if not os.path.exists("/proc/thread-self/children"):
+                return _children_by_parent(pid)
+    return sorted(found)
+
+
+def _children_by_parent(pid: int) -> list[int]:
+    found = []
+    for other in pids():
+        try:
+            if stat(other).ppid == pid:
+                found.append(other)
+        except (TargetGone, NotPermitted):
+            continue
+    return found
+
+
+def max_map_count() -> int:
+    """The kernel's limit of VMAs per process."""
+    with open("/proc/sys/vm/max_map_count") as file:
+        return int(file.read())
+
+
+def pids() -> list[int]:
+    """Every pid that /proc shows, sorted."""
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def thread_syscall(pid: int, tid: int) -> tuple[int, tuple[int, ...]] | None:
+    """(number, six arguments) of the system call thread `tid` waits in; None when it runs or is in none."""
+    words = _read(pid, f"task/{tid}/syscall").split()
+    if len(words) < 7 or words[0] == b"-1":
+        return None
+    return int(words[0]), tuple(int(word, 16) for word in words[1:7])
+
+
+def wchan(pid: int, tid: int) -> str:
+    """The kernel function thread `tid` sleeps in; "" when it does not sleep or the kernel does not tell."""
+    name = _text(_read(pid, f"task/{tid}/wchan").strip())
+    return "" if name == "0" else name
+
+
+def fd_numbers(pid: int) -> frozenset[int]:
+    """The open descriptors of process `pid`; given a thread id, those of that thread's table."""
+    with errors_of(pid):
+        return frozenset(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+
+
+def fd_targets(pid: int) -> dict[int, str]:
+    """{descriptor: what /proc/PID/fd says it is open on}; descriptors closed meanwhile are left out."""
+    result = {}
+    for fd in fd_numbers(pid):
+        try:
+            with errors_of(pid):
+                result[fd] = os.readlink(f"/proc/{pid}/fd/{fd}")
+        except TargetGone:
+            continue
+    return result
+
+
+def fdinfo(pid: int, fd: int) -> str:
+    """The text of /proc/PID/fdinfo/FD."""
+    return _text(_read(pid, f"fdinfo/{fd}"))
+
+
+def fd_mode(pid: int, fd: int) -> os.stat_result:
+    """stat() of what descriptor `fd` of process `pid` is open on."""
+    with errors_of(pid):
+        return os.stat(f"/proc/{pid}/fd/{fd}")
+
+
+def socket_protocol(pid: int, fd: int) -> str:
+    """The kernel's name for the protocol of a socket (TCP, UNIX, XDP...); "" when it does not tell."""
+    with errors_of(pid):
+        try:
+            name = os.getxattr(f"/proc/{pid}/fd/{fd}", "system.sockprotoname")
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return ""
+            raise
+    return _text(name.rstrip(b"\0"))
+
+
+def open_maps(pid: int) -> int:
+    """A descriptor of /proc/PID/maps for `query_vma`; the caller closes it."""
+    with errors_of(pid):
+        return os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def query_vma(fd: int, address: int, *, or_next: bool = True) -> VmaQuery | None:
+    """The VMA that covers `address`, or with `or_next` the first one above it; None where there is none.
+
+    `fd` is a descriptor of /proc/PID/maps.  Raises TargetGone when the process
+    is gone and OSError(ENOTTY) on kernels that do not know PROCMAP_QUERY.
+    """
+    flags = _QUERY_COVERING_OR_NEXT if or_next else 0
+    argument = bytearray(_QUERY.pack(_QUERY.size, flags, address, *([0] * 12)))
+    try:
+        fcntl.ioctl(fd, _PROCMAP_QUERY, argument)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        if error.errno == errno.ESRCH:
+            raise TargetGone("the process is gone") from None
+        raise
+    _, _, _, start, end, vma_flags, _, offset, inode, *_ = _QUERY.unpack(argument)
+    return VmaQuery(start, end, vma_flags, offset, inode)
+
+
+def has_query_vma() -> bool:
+    """Whether this kernel answers PROCMAP_QUERY."""
+    fd = open_maps(os.getpid())
+    try:
+        query_vma(fd, 0)
+    except OSError as error:
+        if unsupported(error):
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True

@@ -1,0 +1,84 @@
+"""userfaultfd ioctls and messages.
+
+Source: include/uapi/linux/userfaultfd.h, Documentation/admin-guide/mm/userfaultfd.rst.
+WP_ASYNC needs Linux 6.7, the events 4.11, USER_MODE_ONLY 5.11.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from typing import NamedTuple
+
+SYS_USERFAULTFD = 323  # x86-64
+USER_MODE_ONLY = 1
+CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
+
+FEATURE_EVENT_FORK = 1 << 1
+FEATURE_EVENT_REMAP = 1 << 2
+FEATURE_EVENT_REMOVE = 1 << 3
+FEATURE_EVENT_UNMAP = 1 << 6
+FEATURE_WP_UNPOPULATED = 1 << 13
+FEATURE_WP_ASYNC = 1 << 15
+
+MODE_WP = 2
+
+UFFDIO_API = 0xC018AA3F
+UFFDIO_REGISTER = 0xC020AA00
+UFFDIO_UNREGISTER = 0x8010AA01
+
+EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
+_MESSAGE = struct.Struct("<B7xQQQ")
+_API = struct.Struct("<QQQ")
+_REGISTER = struct.Struct("<QQQQ")
+_RANGE = struct.Struct("<QQ")
+
+
+class Event(NamedTuple):
+    """One struct uffd_msg.
+
+    FORK: `a` is the new descriptor.  REMAP: from, to, old length.  REMOVE and
+    UNMAP: start, end.
+    """
+
+    kind: int
+    a: int
+    b: int
+    c: int
+
+
+def api(fd: int, features: int) -> None:
+    """Handshake; OSError EINVAL when a feature is missing, EPERM for FORK without CAP_SYS_PTRACE."""
+    fcntl.ioctl(fd, UFFDIO_API, bytearray(_API.pack(0xAA, features, 0)))
+
+
+def register(fd: int, start: int, length: int, mode: int = MODE_WP) -> None:
+    """Register [start, start + length); EBUSY when another userfaultfd has part of it."""
+    fcntl.ioctl(fd, UFFDIO_REGISTER, bytearray(_REGISTER.pack(start, length, mode, 0)))
+
+
+def unregister(fd: int, start: int, length: int) -> None:
+    fcntl.ioctl(fd, UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, length)))
+
+
+def register_argument(start: int, length: int, mode: int = MODE_WP) -> bytes:
+    """struct uffdio_register, 32 bytes, for an ioctl that another process performs."""
+    return _REGISTER.pack(start, length, mode, 0)
+
+
+def range_argument(start: int, length: int) -> bytes:
+    """struct uffdio_range, 16 bytes."""
+    return _RANGE.pack(start, length)
+
+
+def read_event(fd: int) -> Event | None:
+    """The next event, or None when there is none (the descriptor is non-blocking)."""
+    try:
+        data = os.read(fd, _MESSAGE.size)
+    except BlockingIOError:
+        return None
+    if len(data) < _MESSAGE.size:
+        return None
+    kind, a, b, c = _MESSAGE.unpack(data)
+    return Event(kind, a & 0xFFFFFFFF if kind == EVENT_FORK else a, b, c)

@@ -1,0 +1,69 @@
+"""The bulk engine: what a scan or an estimate is asked for, and what it answers.
+
+`run_scan` attaches through the guard, finds calm pages, hashes them, plans and
+has the guard commit; `run_estimate` only reads.  Both load numpy and numba when
+they are called, not when this package is imported, so that a command line that
+only checks its options starts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gpuksm.scan.types import (
+    EstimateResult,
+    EstimateTarget,
+    NoProgress,
+    Progress,
+    ScanOptions,
+    ScanResult,
+    TargetReport,
+    TargetRequest,
+)
+
+if TYPE_CHECKING:
+    from gpuksm.client import GuardClient
+
+__all__ = [
+    "EstimateResult",
+    "EstimateTarget",
+    "NoProgress",
+    "Progress",
+    "ScanOptions",
+    "ScanResult",
+    "TargetReport",
+    "TargetRequest",
+    "run_estimate",
+    "run_scan",
+]
+
+
+def run_scan(
+    client: GuardClient, targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress
+) -> ScanResult:
+    """Run `options.passes` rounds over `targets` and merge what is equal.
+
+    A target that cannot be attached to is reported with its error; when none
+    can, the first one's error is raised.  A target that exits is no error.
+    """
+    from gpuksm.scan.round import run
+
+    return run(client, targets, options, progress)
+
+
+def run_estimate(
+    targets: Sequence[TargetRequest],
+    options: ScanOptions,
+    progress: Progress,
+    *,
+    same_layout: bool = False,
+) -> EstimateResult:
+    """Say what a scan of `targets` would save; attaches to nothing and changes nothing.
+
+    With `same_layout` also what it would save had the processes been started
+    with equal address layouts.  Errors of targets as in `run_scan`.
+    """
+    from gpuksm.scan.estimate import run
+
+    return run(targets, options, progress, same_layout=same_layout)

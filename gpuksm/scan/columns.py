@@ -1,0 +1,58 @@
+"""Address columns: stretches of pages as (start, end) pairs, and pages one by one.
+
+Stretches are uint64 arrays of equal length, page-aligned bytes, ascending and
+disjoint; page columns are uint64 addresses, ascending.  All of it is vectorised.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_BYTES = 4096
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+
+def ranges_within(counts: I64) -> I64:
+    """0 .. counts[0]-1, 0 .. counts[1]-1, ... in one int64 array."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
+
+
+def pages_of(starts: U64, ends: U64) -> U64:
+    """The address of every page in the stretches [starts, ends)."""
+    counts = ((ends - starts) // PAGE_BYTES).astype(np.int64)
+    return np.repeat(starts, counts) + ranges_within(counts).astype(np.uint64) * np.uint64(PAGE_BYTES)
+
+
+def count_pages(starts: U64, ends: U64) -> int:
+    """Pages in the stretches [starts, ends)."""
+    return int((ends - starts).sum()) // PAGE_BYTES
+
+
+def intersect(starts: U64, ends: U64, low: U64, high: U64) -> tuple[U64, U64]:
+    """The parts of the stretches [starts, ends) that lie in the stretches [low, high)."""
+    first = np.searchsorted(high, starts, "right")
+    counts = np.maximum(np.searchsorted(low, ends, "left") - first, 0)
+    of = np.repeat(np.arange(len(starts)), counts)
+    region = np.repeat(first, counts) + ranges_within(counts)
+    return np.maximum(starts[of], low[region]), np.minimum(ends[of], high[region])
+
+
+def inside(pages: U64, starts: U64, ends: U64) -> NDArray[np.bool_]:
+    """For each page address whether it lies in one of the stretches [starts, ends)."""
+    at = np.searchsorted(starts, pages, "right") - 1
+    found = at >= 0
+    found[found] = pages[found] < ends[at[found]]
+    return found
+
+
+def stretches_of(pages: U64) -> tuple[I64, I64]:
+    """(index of the first page, number of pages) of every stretch of consecutive page addresses."""
+    if not len(pages):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    breaks = np.flatnonzero(np.diff(pages) != PAGE_BYTES) + 1
+    first = np.concatenate(([0], breaks)).astype(np.int64)
+    return first, np.diff(np.append(first, len(pages)))

@@ -1,0 +1,147 @@
+"""Turns a plan into commit requests, as docs/architecture.md lays them out.
+
+Requests are small (some 64 MiB of new slots, a few thousand records), so that
+progress can be seen; only an extent is never torn apart, since a run inside one
+extent is one mapping.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuksm import wire
+from gpuksm.scan.columns import I64, U64, ranges_within
+from gpuksm.scan.planner import Plan
+from gpuksm.scan.runs import Runs
+
+PLAN_DTYPE = np.dtype(
+    [
+        ("op", "u1"),
+        ("flags", "u1"),
+        ("reserved", "<u2"),
+        ("target", "<u4"),
+        ("addr", "<u8"),
+        ("pages", "<u4"),
+        ("extent", "<u4"),
+        ("slot", "<u8"),
+        ("digest", "<u8"),
+        ("digest_at", "<u8"),
+    ]
+)
+EXTENT_DTYPE = np.dtype([("slots", "<u4"), ("reserved", "<u4"), ("reserved2", "<u8")])
+assert PLAN_DTYPE.itemsize == wire.PLAN_RECORD.size
+assert EXTENT_DTYPE.itemsize == wire.EXTENT_RECORD.size
+
+# What counts as much as one new slot when requests are cut.
+_PAGES_PER_SLOT = 8
+_RECORDS_PER_REQUEST = 4096
+_SLOTS_PER_REQUEST = 16384
+
+
+@dataclass(frozen=True)
+class Request:
+    """One commit: `extents` EXTENT_DTYPE, `records` PLAN_DTYPE, `digests` u8.
+
+    In the records `target` is the plan's index; `ids` turn it into the guard's.
+    """
+
+    extents: NDArray[np.void]
+    records: NDArray[np.void]
+    digests: U64
+
+    @property
+    def zero(self) -> NDArray[np.bool_]:
+        """Which records are about zero pages."""
+        return np.asarray(self.records["op"] == wire.OP_ZERO)
+
+    @property
+    def merging_pages(self) -> int:
+        """Pages that would be merged if nothing was written meanwhile."""
+        return int(self.records["pages"][self.records["op"] != wire.OP_FILL_REPLICA].sum())
+
+    def payload(self, ids: I64) -> bytes:
+        """The payload of `commit`; `ids` are the guard's ids of the plan's targets."""
+        records = self.records.copy()
+        records["target"] = ids[records["target"]]
+        return self.extents.tobytes() + records.tobytes() + self.digests.astype("<u8").tobytes()
+
+
+def requests(plan: Plan) -> Iterator[Request]:
+    """The requests of `plan`: zero pages first, for they cost nothing and free memory."""
+    yield from _zero_parts(plan)
+    runs_of = np.bincount(plan.lot, minlength=len(plan.lot_pages))
+    pages_of = np.bincount(plan.lot, plan.runs.pages, len(plan.lot_pages))
+    weight = np.maximum(
+        np.maximum(plan.lot_pages, pages_of / _PAGES_PER_SLOT),
+        runs_of * _SLOTS_PER_REQUEST / _RECORDS_PER_REQUEST,
+    )
+    request_of = ((np.cumsum(weight) - weight) // _SLOTS_PER_REQUEST).astype(np.int64)
+    by_lot = np.argsort(plan.lot, kind="stable")
+    lots = np.flatnonzero(np.diff(request_of, prepend=-1))
+    run_ends = np.cumsum(runs_of)
+    for first, end in itertools.pairwise([*lots.tolist(), len(request_of)]):
+        begin = int(run_ends[first] - runs_of[first])
+        yield _encode(plan, first, end, by_lot[begin : int(run_ends[end - 1])])
+
+
+def _zero_parts(plan: Plan) -> Iterator[Request]:
+    step = np.cumsum(plan.zeros.pages) // (_SLOTS_PER_REQUEST * _PAGES_PER_SLOT)
+    step = np.maximum(step, np.arange(len(step)) // _RECORDS_PER_REQUEST)
+    cuts = np.flatnonzero(np.diff(step, prepend=-1))
+    for first, end in itertools.pairwise([*cuts.tolist(), len(step)]):
+        records = _records(plan, plan.zeros.take(np.arange(first, end)), wire.OP_ZERO)
+        yield Request(np.zeros(0, EXTENT_DTYPE), records, np.empty(0, np.uint64))
+
+
+def _records(plan: Plan, runs: Runs, op: int) -> NDArray[np.void]:
+    records = np.zeros(len(runs), PLAN_DTYPE)
+    records["op"] = op
+    records["target"] = plan.pages.target[runs.first]
+    records["addr"] = plan.pages.address[runs.first]
+    records["pages"] = runs.pages
+    return records
+
+
+def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
+    """The request for lots first .. end-1, whose runs are `index`."""
+    new = plan.lot_pages[first:end] > 0
+    extent_of = np.cumsum(new) - 1
+    extents = np.zeros(int(new.sum()), EXTENT_DTYPE)
+    extents["slots"] = plan.lot_pages[first:end][new]
+
+    runs, lot = plan.runs.take(index), plan.lot[index] - first
+    records = _records(plan, runs, wire.OP_MAP)
+    is_new = new[lot]
+    records["flags"][is_new] = wire.FLAG_NEW_EXTENT
+    records["extent"][is_new] = extent_of[lot[is_new]]
+    records["slot"][is_new] = runs.slot[is_new] - plan.lot_slot[first:end][lot[is_new]]
+    if not is_new.all():
+        records["slot"][~is_new] = plan.stable.slot[runs.slot[~is_new]]
+
+    replica = plan.lot_replica[first:end]
+    fills = (plan.lot_filler[plan.lot[index]] == index) & ~replica[lot]
+    records["op"][fills] = wire.OP_FILL
+    filled = runs.take(fills)
+    at = np.repeat(filled.first, filled.pages) + ranges_within(filled.pages)
+    digests = plan.pages.digest[at]
+    records["digest_at"][fills] = np.cumsum(filled.pages) - filled.pages
+    single = runs.pages == 1
+    records["digest"][single] = plan.pages.digest[runs.first[single]]
+
+    copied = np.flatnonzero(replica)
+    source = plan.runs.take(plan.lot_filler[first:end][copied])
+    replicas = _records(plan, source, wire.OP_FILL_REPLICA)
+    replicas["flags"] = wire.FLAG_NEW_EXTENT
+    replicas["pages"] = plan.lot_pages[first:end][copied]
+    replicas["extent"] = extent_of[copied]
+    replicas["digest"] = plan.pages.digest[source.first]
+
+    # Fills first: what is mapped must have been filled.
+    rest = records[~fills]
+    order = np.lexsort((rest["addr"], rest["target"]))
+    return Request(extents, np.concatenate((replicas, records[fills], rest[order])), digests)

@@ -1,0 +1,104 @@
+"""The stable and the unstable tree, as sorted columns.
+
+The stable tree is what the store holds: the digest of every slot, as the guard
+remembers it.  The unstable tree is the round's digests, sorted: built anew each
+round.  Joining the two gives every page a content number; pages with the same
+number are candidates for one slot, no more: only the guard compares bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuksm.hashing.sort import match_sorted, radix_sort
+from gpuksm.scan.columns import I64, U64, ranges_within
+
+Sort = Callable[[U64], tuple[U64, NDArray[np.uint32]]]
+
+
+@dataclass(frozen=True)
+class StableTree:
+    """The store's live slots in the order of their extents; all columns have one entry per slot.
+
+    slot u8: absolute slot; digest u8, 0 where none is remembered; last bool:
+    whether its extent ends here.
+    """
+
+    slot: U64
+    digest: U64
+    last: NDArray[np.bool_]
+
+
+def stable_tree(reply_extents: int, payload: bytes | bytearray) -> StableTree:
+    """Decode the reply to `slots`: extents x (first slot, slots), then a digest per slot.
+
+    Raises ValueError when lengths do not add up.
+    """
+    words = np.frombuffer(payload, "<u8")
+    extents = words[: 2 * reply_extents].reshape(-1, 2)
+    digest = words[2 * reply_extents :].astype(np.uint64)
+    counts = extents[:, 1].astype(np.int64)
+    if len(extents) != reply_extents or (counts < 1).any() or int(counts.sum()) != len(digest):
+        raise ValueError("the guard's reply to 'slots' is not consistent")
+    slot = np.repeat(extents[:, 0], counts).astype(np.uint64) + ranges_within(counts).astype(np.uint64)
+    last = np.zeros(len(digest), np.bool_)
+    last[np.cumsum(counts) - 1] = True
+    return StableTree(slot, digest, last)
+
+
+def no_stable_tree() -> StableTree:
+    """The stable tree of an empty store."""
+    return stable_tree(0, b"")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Which pages and slots may be equal.
+
+    page i8[pages]: content number of every page, -1 where it equals nothing
+    else; slot i8[slots]: content number of every stable slot, -1 where no page
+    of the round has it; repeats bool[contents]: some target has it twice;
+    count: number of contents.
+    """
+
+    page: I64
+    slot: I64
+    repeats: NDArray[np.bool_]
+    count: int
+
+
+def join(digest: U64, target: NDArray[np.uint32], stable: StableTree, sort: Sort = radix_sort) -> Contents:
+    """Number the contents of the pages with `digest` (any order; `target` tells whose they are).
+
+    A content gets a number when two pages have it, or a page and a stable slot.
+    """
+    ordered, order = sort(digest)
+    new = np.ones(len(ordered), np.bool_)
+    new[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(new)
+    sizes = np.diff(np.append(starts, len(ordered)))
+    unique = ordered[starts]
+
+    stable_ordered, stable_order = sort(stable.digest)
+    match = match_sorted(stable_ordered, unique)
+    match[stable_ordered == 0] = -1
+    wanted = sizes >= 2
+    wanted[match[match >= 0]] = True
+
+    # The -1 behind it is what index -1, no match, picks.
+    number = np.append(np.where(wanted, np.cumsum(wanted) - 1, -1), -1)
+    page = np.empty(len(digest), np.int64)
+    page[order] = np.repeat(number[:-1], sizes)
+    slot = np.empty(len(stable.digest), np.int64)
+    slot[stable_order] = number[match]
+
+    # The sort is stable and pages come target by target: equal neighbours are of one target
+    # exactly where a target has a content twice.
+    twice = np.flatnonzero(~new[1:] & (target[order][1:] == target[order][:-1]))
+    repeats = np.zeros(int(wanted.sum()), np.bool_)
+    repeats[page[order[twice]]] = True
+    return Contents(page, slot, repeats, len(repeats))

@@ -1,0 +1,49 @@
+"""Runs against a plain dictionary of pages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuksm.guard.runs import Run, Runs
+from gpuksm.linux._libc import PAGE_SIZE
+
+STEPS = st.lists(
+    st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 12), st.integers(0, 60)), max_size=40
+)
+
+
+def by_page(runs: Iterable[Run]) -> dict[int, int]:
+    """{page number: slot}"""
+    return {run.start // PAGE_SIZE + i: run.slot + i for run in runs for i in range(run.pages)}
+
+
+@given(STEPS)
+def test_like_a_dictionary_of_pages(steps: list[tuple[bool, int, int, int]]) -> None:
+    runs, model = Runs(), dict[int, int]()
+    for add, page, pages, slot in steps:
+        start, end = page * PAGE_SIZE, (page + pages) * PAGE_SIZE
+        if add:
+            runs.add(Run(start, end, slot))
+            model.update({page + i: slot + i for i in range(pages)})
+        else:
+            removed = {
+                run.start // PAGE_SIZE + i: run.slot + i
+                for run in runs.remove(start, end)
+                for i in range(run.pages)
+            }
+            assert removed == {page + i: model[page + i] for i in range(pages) if page + i in model}
+            for i in range(pages):
+                model.pop(page + i, None)
+        assert by_page(runs) == model
+        assert runs.pages == len(model)
+        ordered = list(runs)
+        for left, right in itertools.pairwise(ordered):
+            assert left.end <= right.start
+            assert not (left.end == right.start and left.slot_end == right.slot), "neighbours must be joined"
+        for probe in range(50):
+            run = runs.at(probe * PAGE_SIZE)
+            assert (run is not None) == (probe in model)

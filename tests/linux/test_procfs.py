@@ -1,0 +1,191 @@
+"""procfs: real processes with odd names, 60,000 VMAs, and hostile text."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuksm.errors import TargetGone
+from gpuksm.linux import procfs
+
+
+@pytest.fixture
+def gone():
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def test_maps_of_this_process_agree_with_a_naive_parser():
+    got = procfs.maps(os.getpid())
+    assert any(vma.path == "[stack]" for vma in got)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(got))
+    with open("/proc/self/maps") as file:
+        naive = [line.split(None, 5)[0] for line in file]
+    mine = {f"{vma.start:08x}-{vma.end:08x}" for vma in got}
+    assert len(mine & set(naive)) > len(naive) * 0.8
+
+
+@pytest.mark.parametrize(
+    "name", ["with  two spaces", "new\nline", " (deleted)", "tail (deleted)", "back\\slash", "\udcff"]
+)
+def test_file_names_survive(tmp_path, name):
+    path = tmp_path / ("x" + name)
+    path.write_bytes(b"a" * 4096)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
+        paths = [vma.path for vma in procfs.maps(os.getpid())]
+    assert str(path) in paths
+
+
+def test_60000_vmas_are_parsed_quickly():
+    line = b"%x-%x rw-p 00000000 00:00 0 \n"
+    data = b"".join(line % (i * 8192, i * 8192 + 4096) for i in range(1, 60001))
+    began = time.perf_counter()
+    got = procfs.parse_maps(data)
+    assert len(got) == 60000
+    assert got[-1] == procfs.Vma(60000 * 8192, 60000 * 8192 + 4096, "rw-p", 0, "00:00", 0, "")
+    assert time.perf_counter() - began < 5
+
+
+def test_anonymous_names_and_deleted_files():
+    data = (
+        b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0                          [anon:my heap (deleted)]\n"
+        b"7f0000001000-7f0000002000 r--s 00001000 00:01 42                         /memfd:x (deleted)\n"
+        b"garbage\n7f-zz rw-p 0 0 0\n"
+    )
+    first, second = procfs.parse_maps(data)
+    assert first.path == "[anon:my heap (deleted)]"
+    assert (second.offset, second.dev, second.inode, second.path) == (4096, "00:01", 42, "/memfd:x (deleted)")
+
+
+@settings(deadline=None)
+@given(st.binary())
+def test_parsers_survive_any_bytes(data):
+    procfs.parse_maps(data)
+    procfs.parse_smaps(data)
+    with contextlib.suppress(ValueError):
+        procfs.parse_stat(data)
+
+
+def test_smaps_flags_know_every_vma_of_maps():
+    flags = procfs.smaps_flags(os.getpid())
+    stack = next(vma for vma in procfs.maps(os.getpid()) if vma.path == "[stack]")
+    assert "gd" in flags[stack.start]
+    assert "mr" in flags[stack.start]
+
+
+def test_smaps_names_that_look_like_attributes_change_nothing():
+    data = (
+        b"1000-2000 rw-p 00000000 00:00 5 /tmp/x\\012VmFlags: io\nRss: 4 kB\nProtectionKey: 3\n"
+        b"VmFlags: rd wr mr\nVmFlags: io\n2000-3000 rw-p 00000000 00:00 0 \nVmFlags: rd\n"
+    )
+    first, second = procfs.parse_smaps(data)
+    assert first.vma.path == "/tmp/x\nVmFlags: io"
+    assert first.flags == {"rd", "wr", "mr"}
+    assert (first.rss, first.protection_key) == (4096, 3)
+    assert (second.vma.start, second.flags, second.rss) == (0x2000, {"rd"}, 0)
+
+
+def test_rollup_is_in_bytes():
+    rollup = procfs.smaps_rollup(os.getpid())
+    assert rollup["Rss"] >= rollup["Pss"] > 1 << 20
+    assert "Pss_Anon" in rollup
+
+
+def test_stat_of_a_process_with_a_hostile_name():
+    name = ") R 1 (x\n"
+    rename = f"import ctypes,time; ctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0)"
+    code = rename + "; print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        child.stdout.read(1)
+        stat = procfs.stat(child.pid)
+        assert stat.comm == name
+        assert (stat.pid, stat.ppid, stat.num_threads) == (child.pid, os.getpid(), 1)
+        assert procfs.status(child.pid)["PPid"] == str(os.getpid())
+        assert child.pid in procfs.children(os.getpid())
+        assert child.pid in procfs._children_by_parent(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_threads_syscall_and_wchan_of_a_sleeper():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        for _ in range(200):
+            call = procfs.thread_syscall(child.pid, child.pid)
+            if call and call[0] == 230:
+                break
+            time.sleep(0.01)
+        assert procfs.threads(child.pid) == [child.pid]
+        assert call is not None
+        assert call[0] == 230  # clock_nanosleep on x86-64
+        assert len(call[1]) == 6
+        assert isinstance(procfs.wchan(child.pid, child.pid), str)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_descriptors(tmp_path):
+    with open(tmp_path / "f", "wb") as file:
+        assert procfs.fd_targets(os.getpid())[file.fileno()] == str(tmp_path / "f")
+        assert "flags:" in procfs.fdinfo(os.getpid(), file.fileno())
+        assert procfs.fd_mode(os.getpid(), file.fileno()).st_ino == os.fstat(file.fileno()).st_ino
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        procfs.maps,
+        procfs.smaps_flags,
+        procfs.smaps_rollup,
+        procfs.status,
+        procfs.stat,
+        procfs.threads,
+        procfs.fd_targets,
+    ],
+)
+def test_a_process_that_is_gone_has_a_type_of_its_own(gone, call):
+    with pytest.raises(TargetGone):
+        call(gone)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
+def test_other_peoples_processes_are_not_permitted():
+    code = (
+        "import os,sys; sys.path.insert(0, os.getcwd())\n"
+        "from gpuksm.errors import NotPermitted\nfrom gpuksm.linux import procfs\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: procfs.fd_targets(1)\nexcept NotPermitted: sys.exit(42)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 42
+
+
+@pytest.mark.skipif(not procfs.has_query_vma(), reason="no PROCMAP_QUERY in this kernel")
+def test_query_vma():
+    memory = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fd = procfs.open_maps(os.getpid())
+    try:
+        for vma in procfs.maps(os.getpid()):
+            if vma.path == "[stack]":
+                got = procfs.query_vma(fd, vma.end - 1)
+                assert got.end == vma.end
+                assert got.flags & procfs.QUERY_WRITE
+        lowest = procfs.maps(os.getpid())[0]
+        assert procfs.query_vma(fd, 0) == procfs.query_vma(fd, lowest.start)
+        assert procfs.query_vma(fd, 0, or_next=False) is None
+        assert procfs.query_vma(fd, (1 << 64) - 4096) is None
+    finally:
+        os.close(fd)
+        memory.close()

@@ -1,0 +1,90 @@
+"""What a machine must have for a test, and the switch that turns skips into failures.
+
+`GPUKSM_REQUIRE` is a comma-separated list of names (`uffd,root,gcc,gdb,pocl,...`
+or `all`).  A test that lacks something of that list fails instead of being
+skipped, so that a machine that is meant to run everything cannot silently run less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+# <linux/userfaultfd.h>: UFFDIO_API, UFFD_FEATURE_WP_ASYNC (Linux 6.7), UFFD_FEATURE_WP_UNPOPULATED (6.4).
+_UFFDIO_API = 0xC018AA3F
+_UFFD_API = 0xAA
+_WP_ASYNC = 1 << 15
+_WP_UNPOPULATED = 1 << 13
+_SYS_USERFAULTFD = 323
+_UFFD_USER_MODE_ONLY = 1
+
+
+def required(name: str) -> bool:
+    """True when GPUKSM_REQUIRE says that this machine must have `name`."""
+    names = os.environ.get("GPUKSM_REQUIRE", "").replace(" ", "").split(",")
+    return name in names or "all" in names
+
+
+def require(name: str, reason: str) -> NoReturn:
+    """End the test because the requirement `name` is missing: a skip, or a failure where it is required."""
+    if required(name):
+        pytest.fail(f"{name} is required here (GPUKSM_REQUIRE) and missing: {reason}", pytrace=False)
+    pytest.skip(f"{name}: {reason}")
+
+
+def need(*names: str) -> None:
+    """Go on only when every one of `names` is to be had: a program, or a key of PROBES."""
+    for name in names:
+        reason = PROBES[name]() if name in PROBES else _program(name)
+        if reason:
+            require(name, reason)
+
+
+@functools.cache
+def _program(name: str) -> str:
+    return "" if shutil.which(name) else f"no program {name} on the PATH"
+
+
+@functools.cache
+def _uffd() -> str:
+    """Empty when asynchronous write tracking works for this user, else why not."""
+    from gpuksm.linux import _libc
+
+    userfaultfd = _libc.syscall_function("userfaultfd", _SYS_USERFAULTFD, ctypes.c_int)
+    try:
+        fd = userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY)
+    except OSError as error:
+        return str(error)
+    try:
+        request = bytearray(struct.pack("QQQ", _UFFD_API, _WP_ASYNC | _WP_UNPOPULATED, 0))
+        fcntl.ioctl(fd, _UFFDIO_API, request)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return "userfaultfd without WP_ASYNC (Linux 6.7)"
+        return str(error)
+    finally:
+        os.close(fd)
+    return ""
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "not run by root"
+
+
+def _memory() -> str:
+    """Empty when 4 GiB can be used by the larger end-to-end tests."""
+    with open("/proc/meminfo") as file:
+        available_kb = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    return "" if available_kb > 4 << 20 else f"only {available_kb} kB of memory available"
+
+
+PROBES: dict[str, Callable[[], str]] = {"uffd": _uffd, "root": _root, "memory": _memory}

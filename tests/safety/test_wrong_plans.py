@@ -1,0 +1,229 @@
+"""A scanner that proposes nonsense: the guard compares every byte itself (hazard 13).
+
+These tests speak the control protocol as a broken or hostile scanner would.  The
+guard may refuse a plan or leave pages out; it may not merge what is not equal, and
+it may not end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gpuksm import wire
+from tests.support.victims import Victim
+from tests.support.world import World
+
+PAGES = 64
+
+
+class Scanner:
+    """A connection to the guard that holds the scan lock over `victims`."""
+
+    def __init__(self, world: World, victims: list[Victim]) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        self._socket.connect(str(world.folder / "guard.sock"))
+        wanted = [{"pid": victim.pid, "named": True, "ranges": None} for victim in victims]
+        options = {"allow_seccomp": False, "allow_direct_io": False, "max_pause_us": 5000}
+        reply = self.ask("attach", targets=wanted, options=options)
+        self.targets = [target["target"] for target in reply["targets"]]
+        assert None not in self.targets, reply
+        for _ in range(2):
+            for target in self.targets:
+                self.ask("arm", target=target)
+            time.sleep(0.05)
+
+    def ask(self, op: str, payload: bytes = b"", **fields: Any) -> dict[str, Any]:
+        """One request; an error reply is returned as it is."""
+        wire.send(self._socket, {"op": op, **fields}, payload)
+        return wire.receive(self._socket)[0]
+
+    def commit(self, extents: list[int], plan: list[tuple[int, ...]], digests: int = 0) -> dict[str, Any]:
+        """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, digest_at)."""
+        payload = b"".join(wire.EXTENT_RECORD.pack(slots, 0, 0) for slots in extents)
+        payload += b"".join(wire.PLAN_RECORD.pack(*record) for record in plan) + bytes(8 * digests)
+        return self.ask("commit", payload, extents=len(extents), records=len(plan), max_pause_us=5000)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def victims(world: World) -> list[Victim]:
+    """Two victims of unlike content, and a guard that runs."""
+    starters = [world.victim("regions", 16, 4, seed, "straight", 777000) for seed in (8, 9)]
+    world.scan(*starters)
+    return [world.victim("regions", PAGES, PAGES, seed, "straight", 1000 * seed) for seed in (1, 2)]
+
+
+@pytest.fixture
+def scanner(world: World, victims: list[Victim]) -> Iterator[Scanner]:
+    connection = Scanner(world, victims)
+    yield connection
+    connection.close()
+
+
+Plan = Callable[[list[int], list[int]], tuple[list[int], list[tuple[int, ...]]]]
+FILL, MAP, ZERO, REPLICA, NEW = (
+    wire.OP_FILL,
+    wire.OP_MAP,
+    wire.OP_ZERO,
+    wire.OP_FILL_REPLICA,
+    wire.FLAG_NEW_EXTENT,
+)
+
+# name -> plan over (target ids, addresses of the shared areas)
+WRONG: dict[str, Plan] = {
+    "unlike content": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (MAP, NEW, 0, t[1], at[1], PAGES, 0, 0, 0, 0)],
+    ),
+    "shifted by a page": lambda t, at: (
+        [PAGES],
+        [
+            (FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+            (MAP, NEW, 0, t[0], at[0] + 4096, PAGES - 1, 0, 0, 0, 0),
+        ],
+    ),
+    "slots that nobody filled": lambda t, at: (
+        [PAGES],
+        [(MAP, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0)],
+    ),
+    "behind the extent": lambda t, at: (
+        [8],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (MAP, NEW, 0, t[0], at[0], 16, 0, 4, 0, 0)],
+    ),
+    "an extent that is none": lambda t, at: (
+        [8],
+        [(FILL, NEW, 0, t[0], at[0], 8, 5, 0, 0, 0)],
+    ),
+    "an absolute slot far away": lambda t, at: ([], [(MAP, 0, 0, t[0], at[0], PAGES, 0, 1 << 40, 0, 0)]),
+    "slots of others": lambda t, at: ([], [(MAP, 0, 0, t[0], at[0], 16, 0, 0, 0, 0)]),
+    "filling slots of others": lambda t, at: ([], [(FILL, 0, 0, t[0], at[0], 16, 0, 0, 0, 0)]),
+    "zeros that are none": lambda t, at: ([], [(ZERO, 0, 0, t[0], at[0], PAGES, 0, 0, 0, 0)]),
+    "half a page": lambda t, at: ([PAGES], [(FILL, NEW, 0, t[0], at[0] + 17, 4, 0, 0, 0, 0)]),
+    "no page": lambda t, at: ([PAGES], [(FILL, NEW, 0, t[0], at[0], 0, 0, 0, 0, 0)]),
+    "outside of all memory": lambda t, at: ([PAGES], [(FILL, NEW, 0, t[0], 4096, PAGES, 0, 0, 0, 0)]),
+    "beyond the address space": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], (1 << 64) - 4096, 4, 0, 0, 0, 0)],
+    ),
+    "more than there is": lambda t, at: (
+        [1 << 31],
+        [(FILL, NEW, 0, t[0], at[0], (1 << 32) - 1, 0, 0, 0, 0)],
+    ),
+    "a target that is none": lambda t, at: ([PAGES], [(FILL, NEW, 0, 12345, at[0], PAGES, 0, 0, 0, 0)]),
+    "an operation that is none": lambda t, at: ([PAGES], [(9, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0)]),
+    "a replica of another page": lambda t, at: (
+        [PAGES],
+        [
+            (REPLICA, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+            (MAP, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+        ],
+    ),
+    "the same pages twice": lambda t, at: (
+        [PAGES, PAGES],
+        [
+            (FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+            (FILL, NEW, 0, t[0], at[0], PAGES, 1, 0, 0, 0),
+            (ZERO, 0, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+        ],
+    ),
+    "the same slots twice": lambda t, at: (
+        [PAGES],
+        [
+            (FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0),
+            (FILL, NEW, 0, t[1], at[1], PAGES, 0, 0, 0, 0),
+        ],
+    ),
+    "digests that are not there": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 1 << 60)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_plan(world: World, victims: list[Victim], scanner: Scanner, name: str) -> None:
+    guard = world.guard_pid()
+    addresses = [victim.area("shared")[0] for victim in victims]
+    extents, plan = WRONG[name](scanner.targets, addresses)
+    reply = scanner.commit(extents, plan)
+    assert reply.get("ok") or reply["error"], reply
+    for victim in (*victims, *world.victims[:2]):
+        victim.verify()
+    for victim in victims:
+        victim.ask("write 30 4")
+    scanner.close()
+    assert world.guard_pid() == guard
+    for victim in world.victims:
+        victim.verify()
+    world.unmerge()
+    for victim in world.victims:
+        victim.verify()
+
+
+def test_pages_written_between_arm_and_commit_stay(
+    world: World, victims: list[Victim], scanner: Scanner
+) -> None:
+    """What is written after arming is never merged, even when the plan says so."""
+    victims[0].ask("write 50 3")
+    at = victims[0].area("shared")[0]
+    reply = scanner.commit([PAGES], [(FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)])
+    assert reply.get("ok"), reply
+    assert victims[0].merged_pages("shared") < PAGES
+    victims[0].verify()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\xff" * 8,
+        b"\x00" * 8,
+        b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]",
+        b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
+        b"\x10\x00\x00\x00\x00\x00\x00\x00{",
+        wire.encode({"op": "nonsense"}),
+        wire.encode({"op": "attach", "targets": 7}),
+        wire.encode({"op": "commit", "extents": -1}, b"x" * 47),
+        wire.encode({"op": "unmerge", "pids": "all"}),
+        wire.encode({"op": "register", "pid": "1", "ranges": [[5]]}),
+        wire.encode({"op": "arm", "target": 10**30}),
+    ],
+)
+def test_broken_frames(world: World, victims: list[Victim], frame: bytes) -> None:
+    guard = world.guard_pid()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(1)
+        connection.connect(str(world.folder / "guard.sock"))
+        connection.sendall(frame)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            connection.recv(4096)
+    assert world.guard_pid() == guard
+    for victim in world.victims:
+        victim.verify()
+
+
+_REGISTERING = """
+import socket, sys
+from gpuksm import wire
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(sys.argv[1])
+    wire.send(connection, {"op": "register", "pid": int(sys.argv[2]), "ranges": None})
+    reply, _ = wire.receive(connection)
+print("READY error=%s" % reply.get("error"), flush=True)
+"""
+
+
+def test_a_registration_of_another_users_process_is_refused(user_world: World) -> None:
+    victims = [user_world.victim("regions", 16, 4, seed, "straight") for seed in (8, 9)]
+    user_world.scan(*victims)
+    client = user_world.python(_REGISTERING, user_world.folder / "guard.sock", os.getpid())
+    assert client.values["error"] == "NotPermitted"

@@ -1,0 +1,187 @@
+"""tracker: real memory of this process under a real write-tracking userfaultfd."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+from gpuksm.hashing.protocol import KIND_UNREADABLE
+from gpuksm.linux import pagemap, uffd, vm
+from gpuksm.scan.columns import PAGE_BYTES
+from gpuksm.scan.tracker import Tracker, gather
+
+PAGES = 64
+ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
+
+
+class Area:
+    """Anonymous memory and what the guard does with it."""
+
+    def __init__(self):
+        import ctypes
+
+        self.memory = mmap.mmap(-1, PAGES * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.view = np.frombuffer(self.memory, np.uint8).reshape(PAGES, PAGE_BYTES)
+        self.start = vm.address_of(self.memory)
+        self.end = self.start + PAGES * PAGE_BYTES
+        flags = uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY
+        self.fd = ctypes.CDLL(None).syscall(uffd.SYS_USERFAULTFD, flags)
+        uffd.api(self.fd, uffd.FEATURE_WP_ASYNC | uffd.FEATURE_WP_UNPOPULATED)
+        uffd.register(self.fd, self.start, self.end - self.start)
+        self.pagemap = pagemap.open_pagemap(os.getpid())
+
+    def arm(self):
+        written = pagemap.scan(
+            self.pagemap,
+            self.start,
+            self.end,
+            mask=pagemap.PAGE_IS_WRITTEN,
+            ret=pagemap.PAGE_IS_WRITTEN,
+            flags=ARM,
+        )
+        return np.array([(low, high) for low, high, _ in written], np.uint64).reshape(-1, 2)
+
+    def number(self, addresses):
+        return [(int(address) - self.start) // PAGE_BYTES for address in addresses]
+
+
+@pytest.fixture
+def area():
+    if not pagemap.probe():
+        pytest.skip("no PAGEMAP_SCAN in this kernel")
+    made = Area()
+    yield made
+    os.close(made.fd)
+    os.close(made.pagemap)
+
+
+def learn_all(tracker, digest=None):
+    index = tracker.wanted()
+    values = index.astype(np.uint64) + 1 if digest is None else np.full(len(index), digest, np.uint64)
+    tracker.learn(index, values, np.zeros(len(index), np.uint8))
+
+
+def test_calm_pages_are_present_armed_unwritten_and_anonymous(area):
+    area.view[:40] = 1
+    _ = int(area.view[50, 0])  # the zero page: read, never written
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    tracker.look()
+    assert len(tracker.columns.address) == 0  # nothing is armed yet
+    assert tracker.volatile == 40
+    area.arm()
+    area.view[3] = 2
+    tracker.look()
+    assert area.number(tracker.columns.address) == [page for page in range(40) if page != 3]
+    assert tracker.volatile == 1
+    tracker.close()
+
+
+def test_a_digest_holds_while_its_page_is_calm(area):
+    area.view[:] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    area.arm()
+    tracker.look()
+    learn_all(tracker)
+    assert len(tracker.wanted()) == 0
+    area.view[5] = 2  # written and reported at the next arming: calm again, digest gone
+    tracker.forget(area.arm())
+    tracker.look()
+    assert area.number(tracker.columns.address[tracker.wanted()]) == [5]
+    area.view[7] = 2  # written and not armed again: not calm
+    tracker.look()
+    assert 7 not in area.number(tracker.columns.address)
+    assert area.number(tracker.candidates().address) == [p for p in range(PAGES) if p not in (5, 7)]
+    tracker.forget(area.arm())
+    tracker.look()
+    assert area.number(tracker.columns.address[tracker.wanted()]) == [5, 7]
+    tracker.close()
+
+
+def test_pages_written_or_freed_before_they_are_read_are_left_out(area):
+    area.view[:] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    area.arm()
+    tracker.look()
+    area.view[9] = 2
+    area.memory.madvise(mmap.MADV_DONTNEED, 20 * PAGE_BYTES, 2 * PAGE_BYTES)
+    index = tracker.still_calm(tracker.wanted())
+    assert area.number(tracker.columns.address[index]) == [p for p in range(PAGES) if p not in (9, 20, 21)]
+    kinds = np.zeros(len(index), np.uint8)
+    kinds[0] = KIND_UNREADABLE
+    tracker.learn(index, np.ones(len(index), np.uint64), kinds)
+    assert 0 not in area.number(tracker.candidates().address)
+    tracker.close()
+
+
+def test_pages_shared_by_fork_do_not_count(area):
+    area.view[:] = 1
+    area.arm()
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read_end, 1)
+        os._exit(0)
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    try:
+        area.view[10:12] = 3
+        area.arm()
+        tracker.look()
+        assert area.number(tracker.columns.address) == [10, 11]
+    finally:
+        os.write(write_end, b"x")
+        os.waitpid(child, 0)
+        tracker.close()
+
+
+def test_passive_trackers_see_all_that_is_present(area):
+    area.view[4:8] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)], passive=True)
+    tracker.look()
+    assert area.number(tracker.columns.address) == [4, 5, 6, 7]
+    tracker.close()
+
+
+@pytest.mark.parametrize("has_scan", [True, False])
+def test_without_write_tracking_two_equal_digests_make_a_page_calm(area, has_scan, monkeypatch):
+    monkeypatch.setattr(pagemap, "probe", lambda: has_scan)
+    area.view[:10] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)], checksum=True)
+    tracker.look()
+    learn_all(tracker, 7)
+    assert len(tracker.candidates().address) == 0
+    area.view[10] = 1
+    tracker.look()
+    assert len(tracker.wanted()) == 11
+    index = tracker.wanted()
+    tracker.learn(index, np.array([7] * 9 + [8, 7], np.uint64), np.zeros(11, np.uint8))
+    assert area.number(tracker.candidates().address) == list(range(9))
+    assert tracker.volatile == 2
+    tracker.close()
+
+
+def test_runs_do_not_join_over_regions_or_targets(area):
+    area.view[:] = 1
+    middle = area.start + 32 * PAGE_BYTES
+    first = Tracker(os.getpid(), [(area.start, middle, 3), (middle, area.end, 1)], passive=True)
+    second = Tracker(os.getpid(), [(area.start, area.start + 2 * PAGE_BYTES, 3)], passive=True)
+    for tracker in (first, second):
+        tracker.look()
+        learn_all(tracker)
+    pages = gather([first, second])
+    assert np.flatnonzero(~pages.joins).tolist() == [0, 32, 64]
+    assert pages.target.tolist() == [0] * 64 + [1] * 2
+    first.close()
+    second.close()
+    assert len(gather([]).address) == 0
+
+
+def test_gaps_wider_than_a_window_are_not_read(area):
+    area.view[[0, 63]] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)], passive=True)
+    far = np.array([area.start, area.start + 63 * PAGE_BYTES, area.start + (1 << 40)], np.uint64)
+    assert tracker.map.exclusive(far).tolist() == [True, True, False]
+    tracker.close()

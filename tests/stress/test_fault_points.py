@@ -1,0 +1,97 @@
+"""The guard is killed at every point that it names, in turn; nothing of a target may be lost.
+
+The points are read from the source, so that a new one is tested without being
+listed here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import gpuksm
+from tests.support import processes
+from tests.support.victims import Victim
+from tests.support.world import World
+
+POINTS = sorted(
+    {
+        name
+        for source in Path(gpuksm.__file__).parent.glob("guard/**/*.py")
+        for name in re.findall(r'faults\.point\("([^"]+)"\)', source.read_text())
+    }
+)
+
+
+def _victims(world: World) -> list[Victim]:
+    return [
+        *(world.victim("writers", 1024, 2, 300) for _ in range(2)),
+        *(world.victim("regions", 1024, 64, seed, "straight") for seed in (1, 2)),
+        *(world.victim("purge", seed) for seed in (1, 2)),
+        *(world.victim("growth", pages) for pages in (32, 32, 12)),
+        *(world.victim("forks") for _ in range(2)),
+    ]
+
+
+def _look(victims: list[Victim]) -> None:
+    for victim in victims:
+        victim.ask("report" if victim.name.startswith("writers") else "verify")
+
+
+def _provoke(victims: list[Victim]) -> None:
+    """Whatever makes the guard pass its points: events of every kind."""
+    actions = {"purge": "span", "growth": "shrunk", "forks": "drops"}
+    for victim in victims:
+        action = actions.get(victim.name.split()[0])
+        if action:
+            victim.ask(f"run {action}")
+    _look(victims)
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at(each_world: World, point: str, turn: int) -> None:
+    world = each_world
+    victims = _victims(world)
+    pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:{turn}"
+    scan = world.gpuksm("scan", *pids)
+    assert "Traceback" not in scan.err
+    _look(victims)
+    _provoke(victims)
+    world.gpuksm("unmerge", "--all")
+    _look(victims)
+    del world.extra_env["GPUKSM_FAULT"]
+    world.check_nothing_stopped()
+    for victim in victims:
+        if victim.name.startswith("purge"):
+            victim.ask("run refill")
+    world.gpuksm("scan", *pids)
+    _look(victims)
+    world.unmerge()
+    for victim in victims:
+        assert processes.store_mappings(victim.pid) == []
+    _look(victims)
+
+
+@pytest.mark.parametrize("error", ["error", "enomem"])
+@pytest.mark.parametrize("point", POINTS)
+def test_failed_at(world: World, point: str, error: str) -> None:
+    """The same with an error instead of a death: it may cost the scan, never the guard's targets."""
+    victims = _victims(world)
+    pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:2:{error}"
+    world.gpuksm("scan", *pids)
+    _look(victims)
+    _provoke(victims)
+    world.gpuksm("unmerge", "--all")
+    _look(victims)
+    world.check_nothing_stopped()
+    world.gpuksm("scan", *pids)
+    _look(victims)
+    world.unmerge()
+    for victim in victims:
+        assert processes.store_mappings(victim.pid) == []
+    _look(victims)

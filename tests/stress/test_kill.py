@@ -1,0 +1,146 @@
+"""kill -9 of scanner, guard and keeper at random moments: no byte, no thread, no next scan is lost.
+
+`GPUKSM_STRESS_KILLS` is the number of kills per test (5 when unset); a hundred
+each is what a release is checked with.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.support import processes
+from tests.support.victims import Victim
+from tests.support.world import World
+
+KILLS = int(os.environ.get("GPUKSM_STRESS_KILLS", "5"))
+
+
+def _victims(world: World) -> list[Victim]:
+    return [
+        *(world.victim("writers", 4096, 2, 300) for _ in range(2)),
+        *(world.victim("regions", 4096, 256, seed, "straight") for seed in (1, 2)),
+        *(world.victim("regions", 2048, 256, seed, "permuted") for seed in (3, 4)),
+        *(world.victim("purge", 1) for _ in range(2)),
+    ]
+
+
+def _pids(victims: list[Victim]) -> list[object]:
+    return [part for victim in victims for part in ("--pid", victim.pid)]
+
+
+def _exercise(victims: list[Victim], turn: int) -> None:
+    """Everybody looks at everything and changes something."""
+    for victim in victims:
+        if victim.name.startswith("writers"):
+            victim.ask("report")
+        elif victim.name.startswith("regions"):
+            victim.verify()
+            victim.ask(f"write 10 {turn}" if turn % 2 else "rewrite")
+        else:
+            victim.verify()
+            victim.ask("run arena")
+            victim.ask("run refill")
+
+
+def _finish(world: World, victims: list[Victim]) -> None:
+    world.check_nothing_stopped()
+    done = world.gpuksm("scan", "--json", *_pids(victims))
+    assert done.json()["pages_sharing"] > 0
+    _exercise(victims, 1)
+    world.unmerge()
+    for victim in victims:
+        assert processes.store_mappings(victim.pid) == []
+        victim.ask("stop" if victim.name.startswith("writers") else "verify")
+
+
+@pytest.mark.timeout(60 + KILLS * 30)
+def test_kill_the_scanner(world: World) -> None:
+    victims = _victims(world)
+    world.scan(*victims)
+    choice = random.Random(1)
+    for turn in range(KILLS):
+        scan = world.start("scan", *_pids(victims))
+        time.sleep(choice.uniform(0.3, 3.0))
+        scan.kill()
+        scan.communicate()
+        world.check_nothing_stopped()
+        _exercise(victims, turn)
+    _finish(world, victims)
+
+
+def _kill_moments(choice: random.Random) -> float:
+    return choice.uniform(0.2, 2.5)
+
+
+@pytest.mark.timeout(60 + KILLS * 30)
+def test_kill_the_guard(world: World) -> None:
+    victims = _victims(world)
+    world.scan(*victims)
+    choice = random.Random(2)
+    for turn in range(KILLS):
+        scan = world.start("scan", *_pids(victims))
+        time.sleep(_kill_moments(choice))
+        pid = world.guard_pid()
+        os.kill(pid, signal.SIGKILL)
+        _, err = scan.communicate(timeout=60)
+        assert "Traceback" not in err, err
+        _exercise(victims, turn)
+        assert world.guard_pid() != pid
+        world.check_nothing_stopped()
+    _finish(world, victims)
+
+
+@pytest.mark.timeout(60 + KILLS * 30)
+def test_kill_the_guard_while_it_answers_purges(world: World) -> None:
+    """DONTNEED waits while there is no guard, and reads zeros when there is one again."""
+    victims = _victims(world)
+    world.scan(*victims)
+    purgers = [victim for victim in victims if victim.name.startswith("purge")]
+    choice = random.Random(3)
+    for _ in range(KILLS):
+        for victim in purgers:
+            victim.send("run arena")
+        time.sleep(choice.uniform(0, 0.02))
+        os.kill(world.guard_pid(), signal.SIGKILL)
+        for victim in purgers:
+            victim.answer()
+            victim.verify()
+            victim.ask("run refill")
+        world.scan(*victims)
+    _finish(world, victims)
+
+
+@pytest.mark.timeout(60 + KILLS * 30)
+def test_kill_the_guard_while_it_unmerges(world: World) -> None:
+    victims = _victims(world)
+    choice = random.Random(4)
+    for turn in range(KILLS):
+        world.scan(*victims)
+        unmerge = world.start("unmerge", "--all")
+        time.sleep(choice.uniform(0.1, 0.6))
+        os.kill(world.guard_pid(), signal.SIGKILL)
+        unmerge.communicate(timeout=60)
+        world.guard_pid()
+        _exercise(victims, turn)
+        world.check_nothing_stopped()
+    _finish(world, victims)
+
+
+@pytest.mark.timeout(60 + KILLS * 30)
+def test_kill_the_keeper(world: World) -> None:
+    """A guard without its keeper gets a new one, or goes on without."""
+    victims = _victims(world)
+    world.scan(*victims)
+    for turn in range(KILLS):
+        guard = world.guard_pid()
+        for pid in world.guard_processes():
+            if pid != guard:
+                os.kill(pid, signal.SIGKILL)
+        _exercise(victims, turn)
+        world.scan(*victims)
+    _finish(world, victims)
