@@ -27,6 +27,7 @@ from gpuksm.guard import arch, events, journal
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import Attachment, attach
 from gpuksm.guard.freeze import Freeze, FreezeFailed
+from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target
 from gpuksm.linux import procfs, ptrace, uffd
@@ -88,6 +89,25 @@ class Orphan:
             _watch_all(target)
         for event in self.read:
             _late(self.guard, target, event)
+        _settle_ends(self.guard, target)
+
+
+def _settle_ends(guard: Guard, target: Target) -> None:
+    """Border pages that are gone, and ends that the guard before us did not get to (frozen)."""
+    for page in list(target.borders):
+        vma = target.query(page)
+        try:
+            if vma is None or vma.inode == guard.store.inode:
+                raise OSError
+            uffd.register(target.link.uffd_event, page, PAGE_SIZE)
+        except OSError:
+            target.borders.discard(page)
+    loose = [run.end for run in target.runs if is_loose(target, guard.store, run.end)]
+    try:
+        fix_ends(target, guard.store, guard.journal, loose)
+    except RestoreFailed:
+        for end in loose:
+            block_growth(target, guard.store, guard.journal, end)
 
 
 def pid_of_fork(parent: Target, freeze: Freeze, held: list[int]) -> int | None:

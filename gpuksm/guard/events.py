@@ -4,9 +4,10 @@ What must hold (docs/hazards.md 1, 2, 3, 5, 18):
 - MADV_DONTNEED or MADV_FREE of merged memory reads zeros afterwards: the range is
   taken from the blocked thread's system call, mapped as zeros, and only then is
   the event read, which lets the thread go on.
+- After munmap and mremap no run that ends inside its extent borders free space, and
+  this too before the event is read: the thread could grow the run right after.
 - After mremap nothing of the store shows in a grown tail, or in the old place
   after MREMAP_DONTUNMAP.
-- After munmap no run that ends inside its extent borders free space.
 - A moved range never passes as "unwritten".
 
 The target is frozen meanwhile, except for the threads that wait for us; they
@@ -22,17 +23,18 @@ from __future__ import annotations
 import os
 import select
 import struct
+from collections.abc import Iterator
 from typing import Protocol
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch, faults
 from gpuksm.guard.agent import Table
-from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.journal import BORDER, MAP, UNMAP, Journal
-from gpuksm.guard.restore import fix_ends
+from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
-from gpuksm.guard.target import Target, protection
+from gpuksm.guard.target import MAP_FIXED, Target, protection
 from gpuksm.linux import procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
@@ -68,7 +70,7 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
         if not (calls or freeze.holds):
             return  # nothing would stop the thread before it reads old bytes: wait until it is seen
         for number, arguments in calls:
-            _before_reading(host, target, number, arguments)
+            _before_reading(host, target, number, arguments, freeze)
         held = list(freeze.waiting)
         faults.point("event-prepared")
         event = uffd.read_event(target.link.uffd_event)
@@ -98,7 +100,9 @@ def _blocked_calls(target: Target, freeze: Freeze) -> list[tuple[int, tuple[int,
     return calls
 
 
-def _before_reading(host: Host, target: Target, number: int, arguments: tuple[int, ...]) -> None:
+def _before_reading(
+    host: Host, target: Target, number: int, arguments: tuple[int, ...], freeze: Freeze
+) -> None:
     nr = arch.current().NR
     if number == nr.MADVISE and arguments[2] in _DISCARDING:
         start, length, advice = arguments[:3]
@@ -108,6 +112,62 @@ def _before_reading(host: Host, target: Target, number: int, arguments: tuple[in
             zero(host, target, start, _before_locked(target, start, start + length, arguments[3]))
     elif number == nr.MREMAP:
         _moved(host, target, *arguments[:5])
+        old, old_size, new_size, flags, fixed = arguments[:5]
+        _unmapped(host, target, old, old + _round_up(old_size), freeze)
+        if flags & _MREMAP_FIXED:
+            _unmapped(host, target, fixed, fixed + _round_up(new_size), freeze)
+    elif number == nr.MUNMAP or (number == nr.MMAP and arguments[3] & MAP_FIXED):
+        _unmapped(host, target, arguments[0], arguments[0] + _round_up(arguments[1]), freeze)
+    elif number == nr.BRK:
+        start = _round_up(arguments[0])
+        behind = procfs.query_vma(target.maps, start)
+        _unmapped(host, target, start, behind.start if behind is not None else start + PAGE_SIZE, freeze)
+
+
+def _unmapped(host: Host, target: Target, start: int, end: int, freeze: Freeze) -> None:
+    """A call that unmaps within [start, end) is done and its caller waits: settle the ends it left.
+
+    Only what really is unmapped leaves the ledger; the call may have failed half-way.
+    """
+    gone = [
+        (low, high, 0)
+        for run in target.runs.overlapping(start, end)
+        for low, high in _absent(host, target, run)
+    ]
+    borders = {page for page in target.borders if start <= page < end}
+    if not gone and not borders:
+        return
+    host.journal.append_runs(UNMAP, target.id, gone)
+    for low, high, _ in gone:
+        target.runs.remove(low, high)
+    # One that is still there is only no longer counted on: its run gives up one more page.
+    target.borders -= borders
+    ends = [start, *(low for low, _, _ in gone), *borders]
+    loose = sorted({end for end in ends if is_loose(target, host.store, end)})
+    if loose:
+        _settle(host, target, loose, freeze)
+
+
+def _settle(host: Host, target: Target, ends: list[int], freeze: Freeze) -> None:
+    """Make growth of runs that end at `ends` safe while a caller waits; nothing is read before."""
+    try:
+        _wait_for_others(target, freeze)
+        fix_ends(target, host.store, host.journal, ends)
+    except (FreezeFailed, RestoreFailed):
+        # A debugger holds the threads, or the target may not have a page more.
+        for end in ends:
+            block_growth(target, host.store, host.journal, end)
+
+
+def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
+    """Parts of `run` where the store is not mapped any more."""
+    at = run.start
+    while at < run.end:
+        vma = procfs.query_vma(target.maps, at)
+        stop = run.end if vma is None else min(run.end, vma.end if vma.start <= at else vma.start)
+        if vma is None or vma.start > at or vma.inode != host.store.inode:
+            yield at, stop
+        at = stop
 
 
 def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
@@ -252,15 +312,13 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         if moved:
             _follow(host, target, moved, old, old + size, new, size)
         target.tainted.append((new, new + size))
-        _wait_for_others(target, freeze)
-        fix_ends(target, host.store, host.journal, [old, new + size])
+        _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:
         if target.runs.overlapping(event.a, event.b):
             host.journal.append(UNMAP, target.id, event.a, event.b)
             target.runs.remove(event.a, event.b)
         target.borders -= {page for page in target.borders if event.a <= page < event.b}
-        _wait_for_others(target, freeze)
-        fix_ends(target, host.store, host.journal, [event.a])
+        _settle(host, target, [event.a], freeze)
 
 
 def _wait_for_others(target: Target, freeze: Freeze) -> None:

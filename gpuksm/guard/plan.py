@@ -9,6 +9,7 @@ checked here, and every page is compared before it is mapped.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ _MAX_PAGES = 1 << 20
 _WINDOW_PAGES = 1 << 14
 _NOBODY = (1 << 32) - 1  # an extent that nothing fills is nobody's
 _FILLS = (wire.OP_FILL, wire.OP_FILL_REPLICA)
+_REPLACES = (wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO)
 
 
 class Host(Protocol):
@@ -124,7 +126,20 @@ def _parse(
                 raise UsageError("malformed plan: record outside its extent")
         elif op in _FILLS:
             raise UsageError("malformed plan: only new extents are filled")
+    _check_disjoint(records)
     return slots, records, bytes(payload[end:])
+
+
+def _check_disjoint(records: list[tuple[int, ...]]) -> None:
+    """No page is replaced twice; no slot is filled twice, or the second content showed where the first is."""
+    filled = sorted((record[6], record[7], record[5]) for record in records if record[0] in _FILLS)
+    for (extent, slot, pages), (next_extent, next_slot, _) in itertools.pairwise(filled):
+        if extent == next_extent and next_slot < slot + pages:
+            raise UsageError("malformed plan: a slot is filled twice")
+    replaced = sorted((record[3], record[4], record[5]) for record in records if record[0] in _REPLACES)
+    for (target, addr, pages), (next_target, next_addr, _) in itertools.pairwise(replaced):
+        if target == next_target and next_addr < addr + pages * PAGE_SIZE:
+            raise UsageError("malformed plan: a page is in two records")
 
 
 def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> list[int]:

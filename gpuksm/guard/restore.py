@@ -29,6 +29,7 @@ from gpuksm.guard.store import Store
 from gpuksm.guard.target import (
     MAP_ANONYMOUS,
     MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
     MAP_NORESERVE,
     MAP_PRIVATE,
     PROT_READ,
@@ -128,6 +129,8 @@ def restore_all(
                 # The next piece costs about what the average piece of this pause did.
                 if elapsed + 2 * elapsed // step > budget_ns:
                     break
+            if not target.runs.pages and target.placeholders:
+                remove_placeholders(target)
         pauses.append((time.monotonic_ns() - started) // 1000)
         breathe()
     return pages, pauses
@@ -151,6 +154,35 @@ def fix_ends(target: Target, store: Store, journal: Journal, ends: list[int]) ->
         run = target.runs.at(end - PAGE_SIZE)
         if run is not None and is_loose(target, store, end):
             restore_piece(target, journal, run.cut(end - PAGE_SIZE, end), border=True)
+
+
+def block_growth(target: Target, store: Store, journal: Journal, end: int) -> None:
+    """Where `fix_ends` cannot be had: an inaccessible page behind the run, watched like a border page.
+
+    Needs no stopped thread.  A call that grows the run then has to move it.  Where
+    something of the target's own has come to lie, growth is impossible as well.
+    """
+    if not is_loose(target, store, end):
+        return
+    table = Table()
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    mapped = table.add(arch.current().NR.MMAP, end, PAGE_SIZE, 0, flags, -1, 0)
+    target.add_register(table, end, PAGE_SIZE)
+    results = target.link.agent.perform(table)
+    if results[mapped] == end:
+        target.placeholders.add(end)
+    if results[mapped + 1] == 0:
+        target.borders.add(end)
+        journal.append(BORDER, target.id, end)
+
+
+def remove_placeholders(target: Target) -> None:
+    """Unmap what `block_growth` mapped, once nothing is merged any more (target frozen)."""
+    for page in target.placeholders & target.borders:
+        vma = target.query(page)
+        if vma is not None and not vma.inode and not protection(vma):
+            target.link.agent.call(arch.current().NR.MUNMAP, page, PAGE_SIZE)
+    target.placeholders.clear()
 
 
 def fill_hole(target: Target, store: Store, run: Run, prot: int) -> None:

@@ -16,6 +16,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 2, 0x10, 0x20, 0x4000
+MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
 MADV_DONTNEED = 4
 
 
@@ -25,8 +26,8 @@ class Target:
 
     `regions`: [start, end) ranges whose writes are tracked.  `borders`: pages that
     are kept unmerged behind a run that ends inside an extent, watched like merged
-    memory.  `tainted`: ranges whose tracking bits cannot be trusted until the next
-    arm (something was moved there).
+    memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
+    tracking bits cannot be trusted until the next arm (something was moved there).
     """
 
     id: int
@@ -41,6 +42,7 @@ class Target:
     regions: list[tuple[int, int]] = field(default_factory=list)
     runs: Runs = field(default_factory=Runs)
     borders: set[int] = field(default_factory=set)
+    placeholders: set[int] = field(default_factory=set)
     tainted: list[tuple[int, int]] = field(default_factory=list)
     tethered: set[int] = field(default_factory=set)
     coredump_filter: int | None = None

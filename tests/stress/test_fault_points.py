@@ -37,14 +37,14 @@ def _victims(world: World) -> list[Victim]:
 
 def _look(victims: list[Victim]) -> None:
     for victim in victims:
-        victim.ask("report" if victim.name.startswith("writers") else "verify")
+        victim.ask("report" if victim.program == "writers" else "verify")
 
 
 def _provoke(victims: list[Victim]) -> None:
     """Whatever makes the guard pass its points: events of every kind."""
     actions = {"purge": "span", "growth": "shrunk", "forks": "drops"}
     for victim in victims:
-        action = actions.get(victim.name.split()[0])
+        action = actions.get(victim.program)
         if action:
             victim.ask(f"run {action}")
     _look(victims)
@@ -66,7 +66,7 @@ def test_killed_at(each_world: World, point: str, turn: int) -> None:
     del world.extra_env["GPUKSM_FAULT"]
     world.check_nothing_stopped()
     for victim in victims:
-        if victim.name.startswith("purge"):
+        if victim.program == "purge":
             victim.ask("run refill")
     world.gpuksm("scan", *pids)
     _look(victims)

@@ -36,9 +36,9 @@ def _pids(victims: list[Victim]) -> list[object]:
 def _exercise(victims: list[Victim], turn: int) -> None:
     """Everybody looks at everything and changes something."""
     for victim in victims:
-        if victim.name.startswith("writers"):
+        if victim.program == "writers":
             victim.ask("report")
-        elif victim.name.startswith("regions"):
+        elif victim.program == "regions":
             victim.verify()
             victim.ask(f"write 10 {turn}" if turn % 2 else "rewrite")
         else:
@@ -55,7 +55,7 @@ def _finish(world: World, victims: list[Victim]) -> None:
     world.unmerge()
     for victim in victims:
         assert processes.store_mappings(victim.pid) == []
-        victim.ask("stop" if victim.name.startswith("writers") else "verify")
+        victim.ask("stop" if victim.program == "writers" else "verify")
 
 
 @pytest.mark.timeout(60 + KILLS * 30)
@@ -100,7 +100,7 @@ def test_kill_the_guard_while_it_answers_purges(world: World) -> None:
     """DONTNEED waits while there is no guard, and reads zeros when there is one again."""
     victims = _victims(world)
     world.scan(*victims)
-    purgers = [victim for victim in victims if victim.name.startswith("purge")]
+    purgers = [victim for victim in victims if victim.program == "purge"]
     choice = random.Random(3)
     for _ in range(KILLS):
         for victim in purgers:

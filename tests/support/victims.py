@@ -35,9 +35,12 @@ class Victim:
         command: Sequence[str],
         env: Mapping[str, str] | None = None,
         *,
+        program: str | None = None,
         timeout: float = 60,
         ready: bool = True,
     ) -> None:
+        # Which victim it is, whoever starts it: `name` may begin with setpriv.
+        self.program = program or Path(command[0]).name
         self.name = " ".join([Path(command[0]).name, *command[1:]])
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=None if env is None else dict(env)

@@ -80,7 +80,7 @@ class World:
     def victim(self, name: str, *arguments: object, wrapper: Sequence[str] = (), **options: Any) -> Victim:
         """Start tests/victims/NAME.c, by the program `wrapper` where given, and wait for READY."""
         command = [*self.user.prefix, *wrapper, str(self.victims_folder / name), *map(str, arguments)]
-        return self._keep(Victim(command, self.env, **options))
+        return self._keep(Victim(command, self.env, program=name, **options))
 
     def python(self, script: str, *arguments: object, **options: Any) -> Victim:
         """A victim written in Python: `script` follows the line protocol."""
