@@ -23,6 +23,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -43,6 +44,8 @@ _DONTNEED_LOCKED = 24
 _DISCARDING = (4, 8, _DONTNEED_LOCKED)  # MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED
 _MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
 _LOOKS = 50
+_SEEN_NS = 100_000_000
+_WINDOW_CPU_NS = 1_000_000
 
 
 class Host(Protocol):
@@ -64,11 +67,18 @@ def readable(fd: int) -> bool:
 
 
 def pump(host: Host, target: Target, freeze: Freeze) -> None:
-    """Handle every event that waits now; `freeze` has asked all threads to stop."""
+    """Handle every event that waits now; `freeze` has asked all threads to stop.
+
+    With a freeze that holds nobody (a debugger does, hazard 18) the thread whose event
+    is read goes on at once.  Events are read oldest first, so only then is one read
+    when every thread that can be waiting is seen, and its call zeroed.
+    """
     while readable(target.link.uffd_event):
+        if not freeze.holds and not _all_seen(target):
+            return
         calls = _blocked_calls(target, freeze)
         if not (calls or freeze.holds):
-            return  # nothing would stop the thread before it reads old bytes: wait until it is seen
+            return
         for number, arguments in calls:
             _before_reading(host, target, number, arguments, freeze)
         held = list(freeze.waiting)
@@ -77,6 +87,32 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
         if event is None:
             return
         _apply(host, target, event, freeze, held)
+
+
+def _all_seen(target: Target) -> bool:
+    """Wait until no thread can own an event that was there before, unless it is seen waiting for us.
+
+    A thread is between queueing its event and sleeping for some microseconds of its own
+    processor time; one that sleeps elsewhere, or has used more since, is not there.
+    """
+    agent = target.link.agent.tid
+    used: dict[int, int] = {}
+    deadline = time.monotonic_ns() + _SEEN_NS
+    while True:
+        unknown = False
+        for tid in procfs.threads(target.pid):
+            try:
+                state, cpu_ns = procfs.thread_activity(target.pid, tid)
+                if tid == agent or state not in "RD" or procfs.wchan(target.pid, tid):
+                    continue  # asleep, for us or elsewhere
+            except TargetGone:
+                continue
+            unknown |= cpu_ns - used.setdefault(tid, cpu_ns) < _WINDOW_CPU_NS
+        if not unknown:
+            return True
+        if time.monotonic_ns() > deadline:
+            return False
+        time.sleep(0.001)
 
 
 def _blocked_calls(target: Target, freeze: Freeze) -> list[tuple[int, tuple[int, ...]]]:

@@ -238,8 +238,12 @@ class Guard:
         """Zeros first, then read, is right without a freeze when the waiting thread is seen (hazard 18)."""
         if target.parked is not None:
             return
-        with contextlib.suppress(AgentStuck, TargetGone):
-            events.pump(self, target, target.freeze())
+        freeze = target.freeze()
+        try:
+            with contextlib.suppress(AgentStuck, TargetGone, FreezeFailed):
+                events.pump(self, target, freeze)
+        finally:
+            freeze.thaw()
 
     def breathe(self) -> None:
         """Serve what cannot wait, between two steps of something long."""

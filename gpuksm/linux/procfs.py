@@ -242,6 +242,12 @@ def thread_status(pid: int, tid: int) -> dict[str, str]:
     return _parse_status(_read(pid, f"task/{tid}/status"))
 
 
+def thread_activity(pid: int, tid: int) -> tuple[str, int]:
+    """State letter of thread `tid`, and nanoseconds of CPU time it has used (kept current by the tick)."""
+    state = parse_stat(_read(pid, f"task/{tid}/stat")).state
+    return state, int(_read(pid, f"task/{tid}/schedstat").split()[0])
+
+
 def command_line(pid: int) -> list[str]:
     """The arguments of process `pid`; empty for kernel threads and zombies."""
     return _text(_read(pid, "cmdline")).split("\0")[:-1]

@@ -1,14 +1,14 @@
 /*
  * Threads that write, check and take signals without a break.
  *
- *   writers PAGES THREADS PAUSE_US
+ *   writers PAGES THREADS PAUSE_US [IDLE_US]
  *
  * Thread t owns the pages p with p % THREADS == t.  It checks random pages of
  * its own all the time and restamps one every PAUSE_US: mostly one of a small hot
  * set, sometimes any, so that most pages come to rest between two writes.  The
  * few versions of a page are the same in every sibling: a restamped page can be
  * merged again.  An interval timer and one POSIX timer per thread keep signals
- * coming.  Commands: `report` (so far), `stop` (join all, verify all, report).
+ * coming.  With IDLE_US a thread sleeps so long after each look.  Commands: `report` (so far), `stop` (join all, verify all, report).
  */
 #include "victim.h"
 #include <stdatomic.h>
@@ -17,6 +17,7 @@
 static struct area area;
 static size_t threads;
 static double pause_seconds;
+static useconds_t idle;
 static atomic_bool stopping;
 static atomic_long writes, checks, signals_taken, longest_gap_us;
 
@@ -45,6 +46,8 @@ static void *writer(void *argument)
 		size_t page = (random_next(&state) % mine) * threads + self;
 		check_page(area.at + page * PAGE, area.keys[page], "restamped page");
 		atomic_fetch_add_explicit(&checks, 1, memory_order_relaxed);
+		if (idle)
+			usleep(idle);
 		double turn = now_seconds();
 		long gap = (long)((turn - last_turn) * 1e6), longest = longest_gap_us;
 		while (gap > longest && !atomic_compare_exchange_weak(&longest_gap_us, &longest, gap))
@@ -65,7 +68,8 @@ static void *writer(void *argument)
 int main(int count, char **arguments)
 {
 	victim_start();
-	must(count == 4);
+	must(count == 4 || count == 5);
+	idle = count == 5 ? strtoul(arguments[4], 0, 0) : 0;
 	size_t pages = strtoul(arguments[1], 0, 0);
 	threads = strtoul(arguments[2], 0, 0);
 	pause_seconds = strtoul(arguments[3], 0, 0) * 1e-6;
