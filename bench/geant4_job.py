@@ -2,13 +2,14 @@
 
 Run by the interpreter of an environment with `geant4-pybind`, several copies at
 once; `bench/geant4_share.py` does that.  The particles are geantinos, which need no
-data sets: they cross the detector in a straight line, so every run of the same
-number of events must cross the same number of volumes.  That number is compared
-after each run: a wrong byte in the geometry shows as a wrong count or a crash.
+data sets: they cross the detector in a straight line, so every event must cross the
+same number of volumes.  That number is compared after each event: a wrong byte in the
+geometry shows as a wrong count or a crash.  As in production the copy works on one
+long run: between two runs Geant4 builds its search structures anew.
 
 FOLDER is how the copies and their starter talk: `ready.PID` appears when the
-detector is built and a first run is done, the copy goes on simulating until there
-is a file `finish`, then writes `done.PID` with its runs and the volumes per run.
+detector is built and its run has begun, the copy goes on simulating until there
+is a file `finish`, then writes `done.PID` with its events and the volumes per event.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import time
 from pathlib import Path
 
 VOLUMES = 60_000
-EVENTS = 50
+EVENTS = 2**31 - 1
+LOOK_EVENTS = 50
 
 folder = Path(sys.argv[1])
 (folder / "ENSDFSTATE.dat").touch()
@@ -75,10 +77,34 @@ class Steps(g4.G4UserSteppingAction):  # type: ignore[misc]
         Steps.count += 1
 
 
+class Events(g4.G4UserEventAction):  # type: ignore[misc]
+    """Compares every event with the first, and ends the run when it is time."""
+
+    done = 0
+    crossed = 0
+
+    def BeginOfEventAction(self, _event: g4.G4Event) -> None:
+        Steps.count = 0
+
+    def EndOfEventAction(self, _event: g4.G4Event) -> None:
+        Events.done += 1
+        if Events.done == 1:
+            Events.crossed = Steps.count
+        elif Steps.count != Events.crossed:
+            os.write(2, f"event {Events.done}: {Steps.count} volumes, must be {Events.crossed}\n".encode())
+            os._exit(1)
+        if Events.done == LOOK_EVENTS:
+            (folder / f"ready.{os.getpid()}").write_text(f"{Events.crossed}\n")
+        if Events.done % LOOK_EVENTS == 0:
+            time.sleep(0.01)
+            if (folder / "finish").exists():
+                g4.G4RunManager.GetRunManager().AbortRun(True)
+
+
 class Actions(g4.G4VUserActionInitialization):  # type: ignore[misc]
     def Build(self) -> None:
-        self.SetUserAction(Beam())
-        self.SetUserAction(Steps())
+        for action in (Beam(), Steps(), Events()):
+            self.SetUserAction(action)
 
 
 class Physics(g4.G4VModularPhysicsList):  # type: ignore[misc]
@@ -94,28 +120,13 @@ class Physics(g4.G4VModularPhysicsList):  # type: ignore[misc]
         """Geantinos have no production cuts."""
 
 
-def one_run(manager: g4.G4RunManager) -> int:
-    """Volumes crossed by EVENTS events."""
-    Steps.count = 0
-    manager.BeamOn(EVENTS)
-    return Steps.count
-
-
 def main() -> None:
     manager = g4.G4RunManagerFactory.CreateRunManager(g4.G4RunManagerType.Serial)
     for part in (Detector(), Physics(), Actions()):
         manager.SetUserInitialization(part)
     manager.Initialize()
-    crossed = one_run(manager)
-    (folder / f"ready.{os.getpid()}").write_text(f"{crossed}\n")
-    runs = 1
-    while not (folder / "finish").exists():
-        again = one_run(manager)
-        if again != crossed:
-            sys.exit(f"run {runs}: {again} volumes crossed, must be {crossed}")
-        runs += 1
-        time.sleep(0.01)
-    (folder / f"done.{os.getpid()}").write_text(f"{runs} {crossed}\n")
+    manager.BeamOn(EVENTS)
+    (folder / f"done.{os.getpid()}").write_text(f"{Events.done} {Events.crossed}\n")
 
 
 main()

@@ -4,8 +4,9 @@
 
 ENV is an environment with `geant4-pybind`.  Starts the copies by `gpuksm exec`
 (with `--same-layout` unless told otherwise), scans once, lets them simulate on,
-unmerges, lets them finish.  Prints one JSON object: the share of the jobs'
-anonymous pages that were merged, the anonymous PSS before and after, the pause.
+unmerges, lets them finish.  Prints one JSON object: the share of the jobs' anonymous
+memory that was merged (with and without pages of files that they have written to,
+which are never merged), PSS before and after, the pause.
 """
 
 from __future__ import annotations
@@ -67,19 +68,23 @@ def measure(job_python: str, copies: int, layout: str, folder: Path) -> dict[str
     finally:
         jobs.kill()
         jobs.wait()
-    merged = {target["pid"]: target["pages_merged"] for target in scan["targets"]}
+    merged = sum(target["pages_merged"] for target in scan["targets"]) * 4096
+    written_file = sum(target["skipped"].get("file-backed", 0) for target in scan["targets"]) * 4096
+    anonymous_bytes_before = sum(anonymous for anonymous, _ in before)
     return {
         "layout": layout,
-        "share_merged": sum(merged[pid] for pid in pids) * 4096 / sum(anonymous for anonymous, _ in before),
+        "share_merged": merged / (anonymous_bytes_before - written_file),
+        "share_of_all_anonymous": merged / anonymous_bytes_before,
         "anonymous_mb_before": [round(anonymous / 1e6, 1) for anonymous, _ in before],
         "pss_mb_before": [round(pss / 1e6, 1) for _, pss in before],
         "pss_mb_after": [round(pss / 1e6, 1) for _, pss in after],
+        "pages_volatile": scan["pages_volatile"],
         "targets": scan["targets"],
         "bytes_saved": scan["bytes_saved"],
         "max_pause_ms": scan["max_pause_ms"],
         "seconds": scan["seconds"],
         "jobs_status": status,
-        "runs_done": [int(path.read_text().split()[0]) for path in folder.glob("done.*")],
+        "events_done": [int(path.read_text().split()[0]) for path in folder.glob("done.*")],
     }
 
 
