@@ -42,6 +42,8 @@ from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
 
 _CHUNK_PAGES = 512
+_LEAST_PAGES = 16  # fewer are left to the next pause
+_PAGE_NS = 4000.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
 
@@ -113,24 +115,26 @@ def restore_all(
 ) -> tuple[int, list[int]]:
     """Unmerge a whole target in steps; (pages, pauses in microseconds)."""
     pages, pauses = 0, []
-    budget_ns = max_pause_us * 1000
+    # Half of the time is room for a page that takes longer than those before it.
+    budget_ns, page_ns = max_pause_us * 500, _PAGE_NS
     while target.runs.pages:
-        started = 0
+        started = time.monotonic_ns()
+        done = 0
         with frozen(target):
-            started = time.monotonic_ns()
-            step = 0
             while target.runs.pages:
+                left_ns = budget_ns - (time.monotonic_ns() - started)
                 run = next(iter(target.runs))
-                length = min(run.pages, _CHUNK_PAGES, 64 if not step else _CHUNK_PAGES)
-                restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
-                pages += length
-                step += 1
-                elapsed = time.monotonic_ns() - started
-                # The next piece costs about what the average piece of this pause did.
-                if elapsed + 2 * elapsed // step > budget_ns:
+                length = min(run.pages, _CHUNK_PAGES, int(max(0, left_ns) / page_ns))
+                if done and length < min(run.pages, _LEAST_PAGES):
                     break
+                length = max(1, length)
+                began = time.monotonic_ns()
+                restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
+                page_ns = (page_ns + (time.monotonic_ns() - began) / length) / 2
+                done += length
             if not target.runs.pages and target.placeholders:
                 remove_placeholders(target)
+        pages += done
         pauses.append((time.monotonic_ns() - started) // 1000)
         breathe()
     return pages, pauses

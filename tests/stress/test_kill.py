@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("GPUKSM_STRESS_KILLS", "5"))
 
 def _victims(world: World) -> list[Victim]:
     return [
-        *(world.victim("writers", 4096, 2, 300) for _ in range(2)),
+        *(world.victim("writers", 4096, 2, 300, 200) for _ in range(2)),
         *(world.victim("regions", 4096, 256, seed, "straight") for seed in (1, 2)),
         *(world.victim("regions", 2048, 256, seed, "permuted") for seed in (3, 4)),
         *(world.victim("purge", 1) for _ in range(2)),
