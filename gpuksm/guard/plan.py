@@ -273,18 +273,20 @@ def _verify(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], 
             wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, item.slot))
         elif item.op == wire.OP_ZERO:
             wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, None))
-    for number, mine in wanted.items():
+    tids: dict[int, int] = {}
+    for number in list(wanted):
         target = host.targets.get(number)
         if target is None:
-            outcome.skip("gone", sum(piece.pages for piece in mine))
+            outcome.skip("gone", sum(piece.pages for piece in wanted.pop(number)))
+        else:
+            tids[number] = target.link.agent.tid
+    for number, equal in verify.verify(host.store, tids, wanted, host.breathe).items():
+        if equal is None:
+            if number in host.targets:
+                host.drop(host.targets[number])
             continue
-        try:
-            equal = list(verify.verify(host.store, target.link.agent.tid, mine, host.breathe))
-        except ProcessLookupError:
-            host.drop(target)
-            continue
-        outcome.skip("differs", sum(p.pages for p in mine) - sum(p.pages for p in equal))
-        pieces.setdefault(number, []).extend(_joined(equal))
+        outcome.skip("differs", sum(p.pages for p in wanted[number]) - sum(p.pages for p in equal))
+        pieces.setdefault(number, []).extend(_joined(sorted(equal, key=lambda piece: piece.addr)))
     faults.point("verified")
 
 

@@ -11,7 +11,7 @@ If we die here: slots may be filled that nobody maps; the next reclaim frees the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from gpuksm.guard.store import Store
@@ -19,7 +19,7 @@ from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer, equal, first_difference
 
-CHUNK_PAGES = 256  # 1 MiB: both sides of a comparison stay in the second-level cache
+CHUNK_PAGES = 128  # 512 KiB: both sides of a comparison stay in the second-level cache
 _MAX_SEGMENTS = 512
 _A, _B, _ZEROS = PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES)
 
@@ -62,11 +62,71 @@ def fill_replica(store: Store, tid: int, addr: int, pages: int, slot: int) -> in
     return pages
 
 
-def verify(store: Store, tid: int, pieces: list[Piece], breathe: Callable[[], None]) -> Iterator[Piece]:
-    """The parts of `pieces` whose every byte equals their slots (or is zero), in order."""
-    for group in _groups(pieces):
-        yield from _verify_group(store, tid, group)
+def verify(
+    store: Store, tids: Mapping[int, int], wanted: Mapping[int, list[Piece]], breathe: Callable[[], None]
+) -> dict[int, list[Piece] | None]:
+    """The parts of `wanted` (pieces by target) whose every byte equals their slots, or is zero.
+
+    `tids` are the threads through which each target is read; None for a target that is gone.
+    Slots that several targets want are read once and compared with each while they
+    are in the cache.
+    """
+    equal_parts: dict[int, list[Piece] | None] = {number: [] for number in wanted}
+    for window in _windows(wanted):
+        base, span = _extent_of(window)
+        dense = span <= CHUNK_PAGES and span <= 2 * sum(
+            piece.pages for pieces in window.values() for piece in pieces
+        )
+        if dense:
+            store.read(base, _B.view[: span * PAGE_SIZE])
+        for number, pieces in window.items():
+            found = equal_parts[number]
+            if found is None:
+                continue
+            try:
+                found.extend(_compare(store, tids[number], pieces, base if dense else None))
+            except ProcessLookupError:
+                equal_parts[number] = None
         breathe()
+    return equal_parts
+
+
+def _windows(wanted: Mapping[int, list[Piece]]) -> Iterator[dict[int, list[Piece]]]:
+    """Pieces of all targets, cut and grouped by what slots they want; what must be zero comes apart."""
+    windows: dict[int, dict[int, list[Piece]]] = {}
+    for number, pieces in wanted.items():
+        for group in _groups([piece for piece in pieces if piece.slot is None]):
+            yield {number: group}
+        for piece in sorted(pieces, key=lambda piece: piece.slot or 0):
+            at = 0
+            while piece.slot is not None and at < piece.pages:
+                window, behind = divmod(piece.slot + at, CHUNK_PAGES)
+                count = min(CHUNK_PAGES - behind, piece.pages - at)
+                part = Piece(piece.record, piece.addr + at * PAGE_SIZE, count, piece.slot + at)
+                windows.setdefault(window, {}).setdefault(number, []).append(part)
+                at += count
+    for window in sorted(windows):
+        for number, pieces in windows[window].items():
+            # A slot may be wanted more often than the buffers have room.
+            whole = sum(piece.pages for piece in pieces) <= CHUNK_PAGES and len(pieces) <= _MAX_SEGMENTS
+            if not whole:
+                for group in _groups(pieces):
+                    yield {number: group}
+                windows[window][number] = []
+        shared = {number: pieces for number, pieces in windows[window].items() if pieces}
+        if shared:
+            yield shared
+
+
+def _extent_of(window: dict[int, list[Piece]]) -> tuple[int, int]:
+    """(first slot, slots) that cover what `window` wants; (0, more than a buffer) for zeros."""
+    slots = [
+        (piece.slot, piece.pages) for pieces in window.values() for piece in pieces if piece.slot is not None
+    ]
+    if not slots:
+        return 0, CHUNK_PAGES + 1
+    base = min(slot for slot, _ in slots)
+    return base, max(slot + pages for slot, pages in slots) - base
 
 
 def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -88,21 +148,43 @@ def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _verify_group(store: Store, tid: int, group: list[Piece]) -> Iterator[Piece]:
+def _compare(store: Store, tid: int, group: list[Piece], base: int | None) -> Iterator[Piece]:
+    """Equal parts of `group`; slots from `base` on are in the second buffer, None: they are to be read."""
     while group:
         got = _read(tid, [(piece.addr, piece.pages * PAGE_SIZE) for piece in group]) // PAGE_SIZE
         readable, rest = _readable(group, got)
-        _read_slots(store, readable)
-        total = sum(piece.pages for piece in readable)
-        if equal(_A.address, _B.address, total * PAGE_SIZE):
-            yield from readable
-        else:
-            at = 0
-            for piece in readable:
-                yield from _equal_parts(piece, at)
-                at += piece.pages
+        if base is None:
+            _read_slots(store, readable)
+        at = 0
+        for part in _in_line(readable):
+            pages = sum(piece.pages for piece in part)
+            there = at if base is None else (part[0].slot or 0) - base
+            if equal(_A.address + at * PAGE_SIZE, _B.address + there * PAGE_SIZE, pages * PAGE_SIZE):
+                yield from part
+            else:
+                for piece in part:
+                    yield from _equal_parts(piece, at, there)
+                    at, there = at + piece.pages, there + piece.pages
+                continue
+            at += pages
         # What could not be read is dropped with its page; the rest is tried again.
         group = rest
+
+
+def _in_line(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that follow each other in both buffers, to be compared at once."""
+    line: list[Piece] = []
+    for piece in pieces:
+        last = line[-1] if line else None
+        if last is not None and (
+            (last.slot is None) != (piece.slot is None)
+            or (last.slot is not None and last.slot + last.pages != piece.slot)
+        ):
+            yield line
+            line = []
+        line.append(piece)
+    if line:
+        yield line
 
 
 def _readable(group: list[Piece], got: int) -> tuple[list[Piece], list[Piece]]:
@@ -149,12 +231,12 @@ def _read_slots(store: Store, pieces: list[Piece]) -> None:
         at += count
 
 
-def _equal_parts(piece: Piece, at: int) -> Iterator[Piece]:
-    """Runs of equal pages of `piece`, whose bytes start at page `at` of both buffers."""
+def _equal_parts(piece: Piece, at: int, there: int) -> Iterator[Piece]:
+    """Runs of equal pages of `piece`: its bytes begin at page `at` of one buffer, `there` of the other."""
     done = 0
     while done < piece.pages:
-        offset = (at + done) * PAGE_SIZE
-        same = first_difference(_A.address + offset, _B.address + offset, piece.pages - done)
+        mine, other = (at + done) * PAGE_SIZE, (there + done) * PAGE_SIZE
+        same = first_difference(_A.address + mine, _B.address + other, piece.pages - done)
         if same:
             slot = None if piece.slot is None else piece.slot + done
             yield Piece(piece.record, piece.addr + done * PAGE_SIZE, same, slot)
