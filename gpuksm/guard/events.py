@@ -11,7 +11,8 @@ What must hold (docs/hazards.md 1, 2, 3, 5, 18):
 - A moved range never passes as "unwritten".
 
 The target is frozen meanwhile, except for the threads that wait for us; they
-stop as soon as their event was read.
+stop as soon as their event was read.  Where all of them wait for us, in calls that
+discard memory, that is as good as a freeze.
 
 If we die: before an event is read, it waits for our successor (the keeper holds
 the userfaultfd).  After zeros were mapped and before the event is read, the
@@ -25,7 +26,7 @@ import select
 import struct
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch, faults
@@ -89,6 +90,46 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
         _apply(host, target, event, freeze, held)
 
 
+def serve_still(host: Host, target: Target) -> None:
+    """Handle discarding calls while every thread of `target` waits for us: nothing has to be frozen then.
+
+    Stops at whatever needs a freeze: a thread that is elsewhere, or another call.
+    """
+    nr = arch.current().NR
+    while readable(target.link.uffd_event):
+        calls = []
+        for tid in procfs.threads(target.pid):
+            if tid == target.link.agent.tid:
+                continue
+            if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
+                return
+            call = procfs.thread_syscall(target.pid, tid)
+            if call is None or not _discards(nr, *call):
+                return
+            calls.append(call)
+        for number, arguments in calls:
+            _discard(host, target, number, arguments)
+        faults.point("event-prepared")
+        if uffd.read_event(target.link.uffd_event) is not None:
+            host.event_counts["remove"] = host.event_counts.get("remove", 0) + 1
+
+
+def _discards(nr: Any, number: int, arguments: tuple[int, ...]) -> bool:
+    """True for a call that discards memory: madvise or process_madvise with such an advice."""
+    advice = {nr.MADVISE: 2, nr.PROCESS_MADVISE: 3}.get(number)
+    return advice is not None and arguments[advice] in _DISCARDING
+
+
+def _discard(host: Host, target: Target, number: int, arguments: tuple[int, ...]) -> None:
+    """Map zeros where a call that waits is about to discard."""
+    if number == arch.current().NR.MADVISE:
+        ranges, advice = [arguments[:2]], arguments[2]
+    else:
+        ranges, advice = _iovec(target, arguments[1], arguments[2]), arguments[3]
+    for start, length in ranges:
+        zero(host, target, start, _before_locked(target, start, start + length, advice))
+
+
 def _all_seen(target: Target) -> bool:
     """Wait until no thread can own an event that was there before, unless it is seen waiting for us.
 
@@ -140,12 +181,8 @@ def _before_reading(
     host: Host, target: Target, number: int, arguments: tuple[int, ...], freeze: Freeze
 ) -> None:
     nr = arch.current().NR
-    if number == nr.MADVISE and arguments[2] in _DISCARDING:
-        start, length, advice = arguments[:3]
-        zero(host, target, start, _before_locked(target, start, start + length, advice))
-    elif number == nr.PROCESS_MADVISE and arguments[3] in _DISCARDING:
-        for start, length in _iovec(target, arguments[1], arguments[2]):
-            zero(host, target, start, _before_locked(target, start, start + length, arguments[3]))
+    if _discards(nr, number, arguments):
+        _discard(host, target, number, arguments)
     elif number == nr.MREMAP:
         _moved(host, target, *arguments[:5])
         old, old_size, new_size, flags, fixed = arguments[:5]
@@ -217,7 +254,7 @@ def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
     return end
 
 
-def _iovec(target: Target, address: int, count: int) -> list[tuple[int, int]]:
+def _iovec(target: Target, address: int, count: int) -> list[tuple[int, ...]]:
     try:
         data = os.pread(target.memory, min(count, 1024) * 16, address)
     except OSError:

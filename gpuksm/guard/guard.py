@@ -225,6 +225,11 @@ class Guard:
     def serve_events(self, target: Target) -> None:
         """Handle the events that wait on `target`."""
         try:
+            if target.parked is None:
+                self._check_agent(target)
+                events.serve_still(self, target)
+                if not events.readable(target.link.uffd_event):
+                    return
             with self.frozen(target, attempts=1):
                 pass
         except FreezeFailed:
