@@ -20,9 +20,9 @@ from tests.support import processes
 SOURCES = Path(__file__).parent.parent / "victims"
 
 
-def build(folder: Path) -> None:
-    """Compile every victim into `folder` with gcc; a warning is an error."""
-    for source in sorted(SOURCES.glob("*.c")):
+def build(folder: Path, names: Sequence[str] = ("*",)) -> None:
+    """Compile victims (all, if not told which) into `folder` with gcc; a warning is an error."""
+    for source in sorted(path for name in names for path in SOURCES.glob(f"{name}.c")):
         command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(folder / source.stem), str(source)]
         subprocess.run([*command, "-lpthread"], check=True, timeout=120)
 
@@ -63,7 +63,7 @@ class Victim:
 
     def answer(self, timeout: float = 60, verdict: str = "OK") -> dict[str, str]:
         """The values of the next line, which must begin with `verdict`."""
-        line = self._line(timeout)
+        line = self.line(timeout)
         word, *rest = line.split()
         assert word == verdict, f"victim {self.name} ({self.pid}): {line}"
         return dict(part.split("=", 1) for part in rest)
@@ -87,7 +87,8 @@ class Victim:
         """How many pages of an area are mapped from the store."""
         return processes.merged_pages(self.pid, *self.area(area))
 
-    def _line(self, timeout: float) -> str:
+    def line(self, timeout: float) -> str:
+        """The next line, whatever it says."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)

@@ -1,0 +1,1 @@
+"""Puppets that perform memory operations, and a model that knows what their memory must contain."""
