@@ -58,13 +58,22 @@ class RestoreFailed(Exception):
 def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool = False) -> None:
     """Make one merged piece (at most `_CHUNK_PAGES`) of a frozen target private again.
 
+    The target may have cut it into VMAs of different protection; each keeps its own.
     With `border` its pages become border pages.  Raises RestoreFailed, TargetGone.
     """
+    while piece.pages:
+        vma = target.query(piece.start)
+        if vma is None:
+            target.runs.remove(piece.start, piece.end)
+            return
+        stop = min(piece.end, vma.end)
+        _restore_part(target, journal, piece.cut(piece.start, stop), protection(vma), border)
+        piece = piece.cut(stop, piece.end)
+
+
+def _restore_part(target: Target, journal: Journal, piece: Run, prot: int, border: bool) -> None:
+    """Restore a piece that lies within one VMA."""
     agent, nr = target.link.agent, arch.current().NR
-    vma = target.query(piece.start)
-    if vma is None:
-        target.runs.remove(piece.start, piece.end)
-        return
     size = piece.end - piece.start
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     try:
@@ -73,7 +82,6 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
         raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
     _copy(target, piece.start, fresh, size)
     faults.point("restore-copied")
-    prot = protection(vma)
     if prot != PROT_READ | PROT_WRITE:
         agent.call(nr.MPROTECT, fresh, size, prot)
     table = Table()

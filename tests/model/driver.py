@@ -304,11 +304,11 @@ class Driver:
         self._unmerge()
         with self._client() as client:
             client.request("shutdown", force=False)
-            pid, self.guard = self.guard, None
+        self.guard = None
         deadline = time.monotonic() + 10
-        while pid is not None and os.path.exists(f"/proc/{pid}"):
+        while self.world.guard_processes():
             if time.monotonic() > deadline:
-                raise Wrong("the guard does not end")
+                raise Wrong("guard or keeper do not end")
             time.sleep(0.005)
         (self.world.folder / "guard.sock").unlink(missing_ok=True)
         self.keeper_dead = False
