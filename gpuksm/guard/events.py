@@ -387,10 +387,9 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         target.tainted.append((new, new + size))
         _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:
-        if target.runs.overlapping(event.a, event.b):
-            host.journal.append(UNMAP, target.id, event.a, event.b)
-            target.runs.remove(event.a, event.b)
-        target.borders -= {page for page in target.borders if event.a <= page < event.b}
+        # A move to a fixed place is told of before what it unmapped there: merged memory that
+        # is there now has come since, and stays in the ledger.
+        _unmapped(host, target, event.a, event.b, freeze)
         _settle(host, target, [event.a], freeze)
 
 
