@@ -69,9 +69,10 @@ class Puppet:
             self.overlaps_hot(a[0], max(a[1], a[2])) or (a[3] & FIXED and self.overlaps_hot(a[4], a[2]))
         ):
             return False
-        if name in "muwpalkr" and AWAY_AT <= a[0] < HEAP_AT:
+        if name in "muwpalkr" and a[0] >= AWAY_AT:
             # Where nothing is, the kernel may have placed mappings that are not ours.
-            return a[0] + a[1] <= HEAP_AT and memory.mapped(a[0], a[1])
+            end = HEAP_AT if a[0] < HEAP_AT else PAGES
+            return a[0] + a[1] <= end and memory.mapped(a[0], a[1])
         if name == "r" and a[3] & MAYMOVE and not a[3] & FIXED:
             return memory.away_is_free and a[2] <= AWAY
         if name == "t":
@@ -166,7 +167,7 @@ class Driver:
     def _op(self, index: int, name: str, a: list[int], quiet: bool) -> None:
         puppet = self.puppets[index]
         alone = name in _ALONE or (
-            name != "b" and bool(a) and (AWAY_AT <= a[0] < HEAP_AT or (name == "r" and not a[3] & FIXED))
+            name != "b" and bool(a) and (a[0] >= AWAY_AT or (name == "r" and not a[3] & FIXED))
         )
         if alone or sum(len(each.waiting) for each in self.puppets) >= _MOST_AT_ONCE:
             self.flush()
@@ -254,6 +255,7 @@ class Driver:
         self._look()
 
     def _unmerge(self, pids: list[int] | None = None) -> None:
+        self._killed()
         with self._client() as client:
             reply, _ = client.request("unmerge", pids=pids, max_pause_us=5000)
         self.counts["pages unmerged"] += int(reply["pages"])

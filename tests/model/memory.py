@@ -164,12 +164,14 @@ class Memory:
             self._change(first, count, lambda page: page._replace(lazy=bool(page.key)))
 
     def _purge(self, first: int, count: int, advice: int, error: int) -> None:
+        may_have_stopped = False
         for at in range(first, first + count):
             locks = {page.lock for page in self.pages[at] if page is not None}
             if error == EINVAL and advice == DONTNEED:
                 if locks == {1}:
                     return  # madvise stops at the first locked mapping
-                if locks - {0}:
+                may_have_stopped |= bool(locks - {0})
+                if may_have_stopped:
                     both = [page and page._replace(key=0, lazy=False) for page in self.pages[at]]
                     self.pages[at] = tuple(dict.fromkeys((*self.pages[at], *both)))
                     continue
@@ -234,7 +236,11 @@ class Memory:
             self.pages[first : first + old] = left if flags & DONTUNMAP else [_GONE] * old
         elif new < old:
             self.pages[first + new : first + old] = [_GONE] * (old - new)
+        there = self.pages[target : target + new]
         self.pages[target : target + new] = [*kept, *[zeros] * (new - old)]
+        for at, (page, before) in enumerate(zip(kept, there, strict=False), target):
+            if None in page and target != first:  # what stood where a hole moves to may stay (Linux 6.17)
+                self.pages[at] = tuple(dict.fromkeys((*page, *before)))
 
     def _failed_move(self, first: int, old: int, new: int, flags: int, to: int) -> None:
         """Unmapped, in part: the place to move to, what was to be cut off; or a part has moved."""

@@ -19,7 +19,7 @@ PUPPETS = 3
 _OTHER_ADVICE = (12, 13, 14, 15, 20, 21, 23, 25)  # (UN)MERGEABLE, (NO)HUGEPAGE, COLD, PAGEOUT, ...
 _COMMANDS = {
     "w": 26, "m": 6, "mw": 10, "u": 5, "r": 18, "p": 9, "a": 20, "l": 1, "k": 2, "b": 4, "f": 2,
-    "t": 1, "s": 1, "i": 1, "P": 0.5, "Q": 0.7, "x": 0.2, "g": 1.5, "v": 3,
+    "t": 1, "s": 1, "i": 1, "P": 0.5, "Q": 0.7, "x": 0.2, "g": 1.5, "v": 3, "all": 2,
 }  # fmt: skip
 _GUARD = {
     "scan": 30, "scan-die": 4, "unmerge": 3, "unmerge-one": 2, "kill": 1, "kill-soon": 1.5, "keeper": 0.3,
@@ -92,6 +92,8 @@ def _command(chance: random.Random, puppet: int) -> Iterator[Step]:
         yield ["op", puppet, "m", [arena_at, arena_count, chance.choice((0, 1, 3, 3))], quiet]
     elif name == "mw":
         yield from _refill(chance, puppet, arena_at, arena_count)
+    elif name == "all":
+        yield from _refill(chance, puppet, 0, ARENA)
     elif name == "u":
         if at >= HEAP_AT:
             at, count = arena_at, arena_count

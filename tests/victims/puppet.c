@@ -303,7 +303,8 @@ int main(int count, char **arguments)
 	prctl(PR_SET_DUMPABLE, 1);
 	/* The C library's own heap lies below ours and never grows or shrinks. */
 	mallopt(M_TRIM_THRESHOLD, 1 << 30);
-	free(malloc(1));
+	void *volatile block = malloc(1);
+	free(block);
 	heap = (char *)(((uintptr_t)sbrk(0) + PAGE - 1) & ~(PAGE - 1));
 	must(!brk(heap));
 	memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
