@@ -87,8 +87,8 @@ class Orphan:
         _take_runs(self.guard, target, self.borders)
         if self.uffd_event is None:
             _watch_all(target)
-        for event in self.read:
-            _late(self.guard, target, event)
+        for index, event in enumerate(self.read):
+            _late(self.guard, target, event, self.read[index + 1 :])
         _settle_ends(self.guard, target)
 
 
@@ -244,7 +244,7 @@ def _watch_all(target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
 
 
-def _late(guard: Guard, target: Target, event: uffd.Event) -> None:
+def _late(guard: Guard, target: Target, event: uffd.Event, later: list[uffd.Event]) -> None:
     """An event that had to be read before there was an agent; the child is still frozen."""
     if event.kind == uffd.EVENT_REMOVE:
         events.zero(guard, target, event.a, event.b)
@@ -252,6 +252,11 @@ def _late(guard: Guard, target: Target, event: uffd.Event) -> None:
         run = target.runs.at(event.b)
         if run is not None and run.end > event.b + event.c:
             events.forget_store(guard, target, event.b + event.c, run.end)
+        # MREMAP_DONTUNMAP left the store mapped where the range was; or another move has arrived there.
+        start, end = event.a, event.a + event.c
+        arrived = [move for move in later if move.kind == uffd.EVENT_REMAP]
+        if not any(move.b < end and start < move.b + move.c for move in arrived):
+            events.forget_store(guard, target, start, end)
     elif event.kind == uffd.EVENT_FORK:
         os.set_inheritable(event.a, False)
         orphan = Orphan(target.id, event.a, guard.new_id(), None, list(target.runs), set(target.borders))

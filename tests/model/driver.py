@@ -20,7 +20,7 @@ from typing import Any
 from gpuksm import errors
 from gpuksm.client import GuardClient
 from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan
-from tests.model.memory import AWAY, AWAY_AT, FIXED, HEAP_AT, MAYMOVE, PAGES, Memory, Wrong
+from tests.model.memory import ARENA, AWAY, AWAY_AT, FIXED, HEAP_AT, MAYMOVE, PAGES, Memory, Wrong
 from tests.model.steps import PUPPETS, Step
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -74,7 +74,7 @@ class Puppet:
             end = HEAP_AT if a[0] < HEAP_AT else PAGES
             return a[0] + a[1] <= end and memory.mapped(a[0], a[1])
         if name == "r" and a[3] & MAYMOVE and not a[3] & FIXED:
-            return memory.away_is_free and a[2] <= AWAY
+            return memory.away_is_free and a[2] <= AWAY and a[0] + a[2] <= ARENA
         if name == "t":
             page = memory.pages[a[1]]
             writable = all(one is not None and one.access == "w" for one in page)
