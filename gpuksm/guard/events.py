@@ -21,6 +21,7 @@ successor finds nothing merged there and reads it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import struct
@@ -159,10 +160,16 @@ def _all_seen(target: Target) -> bool:
 def _blocked_calls(target: Target, freeze: Freeze) -> list[tuple[int, tuple[int, ...]]]:
     """System calls of the threads that wait for one of our events: (number, arguments).
 
-    An event can be read a moment before its thread sleeps, so this looks again for a while.
+    An event can be read a moment before its thread sleeps, and that thread may have lost
+    its processor in between, so this looks again for a while.
     """
     calls: list[tuple[int, tuple[int, ...]]] = []
-    for _ in range(_LOOKS):
+    deadline = time.monotonic_ns() + _SEEN_NS
+    for look in itertools.count():
+        if look >= _LOOKS:
+            if time.monotonic_ns() > deadline:
+                break
+            time.sleep(0.0005)
         for tid in freeze.waiting or procfs.threads(target.pid):
             try:
                 if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
