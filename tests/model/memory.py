@@ -252,8 +252,9 @@ class Memory:
         if flags & FIXED:
             for at in range(new):
                 may_be(to + at, None, *(before[first + at] if at < old else ()))
-            for at in range(old):
-                may_be(first + at, None)
+            for at in range(first, first + old):
+                left = [page and page._replace(key=0, lock=0, lazy=False) for page in before[at]]
+                may_be(at, *(left if flags & DONTUNMAP else (None,)))
         else:
             for at in range(new, old):
                 may_be(first + at, None)

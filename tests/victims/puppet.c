@@ -215,6 +215,7 @@ static long fork_once(int first, int count)
 	pid_t child = fork();
 	must(child >= 0);
 	if (!child) {
+		memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC); /* the other one shows the parent's */
 		report();
 		put(",");
 		if (count)
