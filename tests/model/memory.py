@@ -75,6 +75,8 @@ def _agreeing(page: Page | None, token: str) -> Page | bool | None:
 class Memory:
     """The pages of one puppet."""
 
+    keeps_locks = False  # unmerging locked memory unlocks it: see known/unmerge_keeps_locks.jsonl
+
     def __init__(self) -> None:
         self.pages: list[Alternatives] = [_GONE] * PAGES
         self.hot: dict[int, int] = {}  # page: first of the two keys that a thread writes there
@@ -167,6 +169,8 @@ class Memory:
         may_have_stopped = False
         for at in range(first, first + count):
             locks = {page.lock for page in self.pages[at] if page is not None}
+            if locks == {1} and advice == DONTNEED and error != EINVAL:
+                raise Wrong(f"madvise of locked page {at} was not refused")
             if error == EINVAL and advice == DONTNEED:
                 if locks == {1}:
                     return  # madvise stops at the first locked mapping
@@ -182,7 +186,9 @@ class Memory:
             raise Wrong(f"madvise of pages {first}+{count}: EINVAL, and none is locked")
 
     def _do_l(self, a: Sequence[int], result: int, error: int) -> None:
-        self._change(a[0], a[1], lambda page: page._replace(lock=1 if result == 0 else 2))
+        self._change(
+            a[0], a[1], lambda page: page._replace(lock=1 if result == 0 and self.keeps_locks else 2)
+        )
 
     def _do_k(self, a: Sequence[int], result: int, error: int) -> None:
         self._change(a[0], a[1], lambda page: page._replace(lock=0 if result == 0 else 2 if page.lock else 0))
