@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
-from gpuksm.guard import arch, events, journal
+from gpuksm.guard import arch, callers, events, journal
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import Attachment, attach
 from gpuksm.guard.freeze import Freeze, FreezeFailed
@@ -62,7 +62,7 @@ class Orphan:
 
     def service(self) -> None:
         """Read what waits, so that the threads can stop."""
-        while self.uffd_event is not None and events.readable(self.uffd_event):
+        while self.uffd_event is not None and callers.readable(self.uffd_event):
             event = uffd.read_event(self.uffd_event)
             if event is None:
                 return

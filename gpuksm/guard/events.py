@@ -4,6 +4,7 @@ What must hold (docs/hazards.md 1, 2, 3, 5, 18):
 - MADV_DONTNEED or MADV_FREE of merged memory reads zeros afterwards: the range is
   taken from the blocked thread's system call, mapped as zeros, and only then is
   the event read, which lets the thread go on.
+- An event is read only when the call it belongs to was seen (callers.py).
 - After munmap and mremap no run that ends inside its extent borders free space, and
   this too before the event is read: the thread could grow the run right after.
 - After mremap nothing of the store shows in a grown tail, or in the old place
@@ -21,16 +22,11 @@ successor finds nothing merged there and reads it.
 
 from __future__ import annotations
 
-import itertools
 import os
-import select
-import struct
-import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.guard import arch, faults
+from gpuksm.guard import arch, callers, faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.journal import BORDER, MAP, UNMAP, Journal
@@ -41,13 +37,9 @@ from gpuksm.guard.target import MAP_FIXED, Target, protection
 from gpuksm.linux import procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
-_WAITS_FOR_US = "userfaultfd_event_wait_completion"
 _DONTNEED_LOCKED = 24
 _DISCARDING = (4, 8, _DONTNEED_LOCKED)  # MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED
 _MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
-_LOOKS = 50
-_SEEN_NS = 100_000_000
-_WINDOW_CPU_NS = 1_000_000
 
 
 class Host(Protocol):
@@ -61,25 +53,16 @@ class Host(Protocol):
         """A fork event was read: `uffd_event` watches the child; one of the threads `held` forked."""
 
 
-def readable(fd: int) -> bool:
-    """True when an event waits."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return any(flags & select.POLLIN for _, flags in poll.poll(0))
-
-
 def pump(host: Host, target: Target, freeze: Freeze) -> None:
-    """Handle every event that waits now; `freeze` has asked all threads to stop.
+    """Handle the events that wait now; `freeze` has asked all threads to stop.
 
-    With a freeze that holds nobody (a debugger does, hazard 18) the thread whose event
-    is read goes on at once.  Events are read oldest first, so only then is one read
-    when every thread that can be waiting is seen, and its call zeroed.
+    An event is left for later while its caller is not seen waiting for us.  With a freeze
+    that holds nobody (a debugger does, hazard 18) the thread whose event is read goes on at
+    once.  Events are read oldest first.
     """
-    while readable(target.link.uffd_event):
-        if not freeze.holds and not _all_seen(target):
-            return
-        calls = _blocked_calls(target, freeze)
-        if not (calls or freeze.holds):
+    while callers.readable(target.link.uffd_event):
+        calls = callers.waiting_calls(target, freeze)
+        if calls is None:
             return
         for number, arguments in calls:
             _before_reading(host, target, number, arguments, freeze)
@@ -97,22 +80,16 @@ def serve_still(host: Host, target: Target) -> None:
     Stops at whatever needs a freeze: a thread that is elsewhere, or another call.
     """
     nr = arch.current().NR
-    while readable(target.link.uffd_event):
-        calls = []
-        for tid in procfs.threads(target.pid):
-            if tid == target.link.agent.tid:
-                continue
-            if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
-                return
-            call = procfs.thread_syscall(target.pid, tid)
-            if call is None or not _discards(nr, *call):
-                return
-            calls.append(call)
+    while callers.readable(target.link.uffd_event):
+        calls = callers.still_calls(target)
+        if calls is None or not all(_discards(nr, *call) for call in calls):
+            return
         for number, arguments in calls:
             _discard(host, target, number, arguments)
         faults.point("event-prepared")
-        if uffd.read_event(target.link.uffd_event) is not None:
-            host.event_counts["remove"] = host.event_counts.get("remove", 0) + 1
+        event = uffd.read_event(target.link.uffd_event)
+        if event is not None:
+            _apply(host, target, event, target.freeze(), [])
 
 
 def _discards(nr: Any, number: int, arguments: tuple[int, ...]) -> bool:
@@ -126,62 +103,9 @@ def _discard(host: Host, target: Target, number: int, arguments: tuple[int, ...]
     if number == arch.current().NR.MADVISE:
         ranges, advice = [arguments[:2]], arguments[2]
     else:
-        ranges, advice = _iovec(target, arguments[1], arguments[2]), arguments[3]
+        ranges, advice = callers.iovec(target, arguments[1], arguments[2]), arguments[3]
     for start, length in ranges:
         zero(host, target, start, _before_locked(target, start, start + length, advice))
-
-
-def _all_seen(target: Target) -> bool:
-    """Wait until no thread can own an event that was there before, unless it is seen waiting for us.
-
-    A thread is between queueing its event and sleeping for some microseconds of its own
-    processor time; one that sleeps elsewhere, or has used more since, is not there.
-    """
-    agent = target.link.agent.tid
-    used: dict[int, int] = {}
-    deadline = time.monotonic_ns() + _SEEN_NS
-    while True:
-        unknown = False
-        for tid in procfs.threads(target.pid):
-            try:
-                state, cpu_ns = procfs.thread_activity(target.pid, tid)
-                if tid == agent or state not in "RD" or procfs.wchan(target.pid, tid):
-                    continue  # asleep, for us or elsewhere
-            except TargetGone:
-                continue
-            unknown |= cpu_ns - used.setdefault(tid, cpu_ns) < _WINDOW_CPU_NS
-        if not unknown:
-            return True
-        if time.monotonic_ns() > deadline:
-            return False
-        time.sleep(0.001)
-
-
-def _blocked_calls(target: Target, freeze: Freeze) -> list[tuple[int, tuple[int, ...]]]:
-    """System calls of the threads that wait for one of our events: (number, arguments).
-
-    An event can be read a moment before its thread sleeps, and that thread may have lost
-    its processor in between, so this looks again for a while.
-    """
-    calls: list[tuple[int, tuple[int, ...]]] = []
-    deadline = time.monotonic_ns() + _SEEN_NS
-    for look in itertools.count():
-        if look >= _LOOKS:
-            if time.monotonic_ns() > deadline:
-                break
-            time.sleep(0.0005)
-        for tid in freeze.waiting or procfs.threads(target.pid):
-            try:
-                if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
-                    continue
-                call = procfs.thread_syscall(target.pid, tid)
-            except (TargetGone, NotPermitted):
-                continue
-            if call is not None:
-                calls.append(call)
-        if calls:
-            break
-    return calls
 
 
 def _before_reading(
@@ -231,7 +155,7 @@ def _unmapped(host: Host, target: Target, start: int, end: int, freeze: Freeze) 
 def _settle(host: Host, target: Target, ends: list[int], freeze: Freeze) -> None:
     """Make growth of runs that end at `ends` safe while a caller waits; nothing is read before."""
     try:
-        _wait_for_others(target, freeze)
+        callers.wait_for_others(target, freeze)
         fix_ends(target, host.store, host.journal, ends)
     except (FreezeFailed, RestoreFailed):
         # A debugger holds the threads, or the target may not have a page more.
@@ -259,14 +183,6 @@ def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
         if vma.end > start and vma.start < end and "lo" in flags.get(vma.start, ()):
             return max(start, vma.start)
     return end
-
-
-def _iovec(target: Target, address: int, count: int) -> list[tuple[int, ...]]:
-    try:
-        data = os.pread(target.memory, min(count, 1024) * 16, address)
-    except OSError:
-        return []
-    return list(struct.iter_unpack("<QQ", data[: len(data) // 16 * 16]))
 
 
 def zero(host: Host, target: Target, start: int, end: int) -> None:
@@ -398,18 +314,3 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         # is there now has come since, and stays in the ledger.
         _unmapped(host, target, event.a, event.b, freeze)
         _settle(host, target, [event.a], freeze)
-
-
-def _wait_for_others(target: Target, freeze: Freeze) -> None:
-    """Let threads that do not wait for events come to their stop, so that content can be copied."""
-    for _ in range(2000):
-        freeze.begin()
-        freeze.collect()
-        blocked = 0
-        for tid in freeze.waiting:
-            try:
-                blocked += procfs.wchan(target.pid, tid) == _WAITS_FOR_US
-            except TargetGone:
-                continue
-        if blocked == len(freeze.waiting):
-            return

@@ -22,7 +22,7 @@ from gpuksm.errors import (
     TargetGone,
     Unsupported,
 )
-from gpuksm.guard import arch, children, events, journal, plan, reclaim, restore, tracking
+from gpuksm.guard import arch, callers, children, events, journal, plan, reclaim, restore, tracking
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach, unmap_leftovers
 from gpuksm.guard.commit import Pace, vma_budget
@@ -228,7 +228,7 @@ class Guard:
             if target.parked is None:
                 self._check_agent(target)
                 events.serve_still(self, target)
-                if not events.readable(target.link.uffd_event):
+                if not callers.readable(target.link.uffd_event):
                     return
             with self.frozen(target, attempts=1):
                 pass
@@ -257,7 +257,7 @@ class Guard:
         self._serving = True
         try:
             for target in list(self.targets.values()):
-                if events.readable(target.link.uffd_event):
+                if callers.readable(target.link.uffd_event):
                     self.serve_events(target)
             self.tether.serve()
             children.adopt_orphans(self)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from tests import requirements_env
 from tests.support.merging import merged_pair, perform, scan_until_merged
 from tests.support.world import World
 
@@ -50,4 +53,20 @@ def test_short_victims_first(world: World) -> None:
 def test_after_unmerge(world: World) -> None:
     first, second = merged_pair(world, "growth", 32)
     world.unmerge()
+    perform(first, ACTIONS, [second])
+
+
+def test_a_guard_that_is_faster_than_its_targets(world: World) -> None:
+    """The caller of an event may lose its only processor to the guard before it sleeps.
+
+    Both on one processor, the guard ahead of all others: where the kernel may be preempted,
+    it looks while the caller is still on its way to sleep, and must not read an event before
+    it has seen whose it is.
+    """
+    requirements_env.need("root")
+    processor = {min(os.sched_getaffinity(0))}
+    first, second = merged_pair(world, "growth", 32)
+    for pid in [first.pid, *world.guard_processes()]:
+        os.sched_setaffinity(pid, processor)
+    os.sched_setscheduler(world.guard_pid(), os.SCHED_FIFO, os.sched_param(1))
     perform(first, ACTIONS, [second])

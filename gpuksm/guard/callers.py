@@ -1,0 +1,131 @@
+"""Threads that wait for one of our events, and the system calls they wait in.
+
+What must hold (docs/hazards.md 1, 5, 18): an event is read only when the thread that
+caused it has been seen waiting, because only its call says everything that has to be
+done first, and reading lets it go on.  A thread queues its event a moment before it
+sleeps, and may lose its processor in between: with an event in the queue, a thread
+that is neither asleep nor stopped may be the one.  Looked at after the event was seen
+to be there, and with all such threads waited for, its caller is among those found.
+
+Nothing here changes the target.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard.freeze import Freeze, FreezeFailed
+from gpuksm.guard.target import Target
+from gpuksm.linux import procfs
+
+Call = tuple[int, tuple[int, ...]]  # number and arguments of a system call
+
+_WAITS_FOR_US = "userfaultfd_event_wait_completion"
+_SEEN_NS = 100_000_000
+_WINDOW_CPU_NS = 1_000_000
+
+
+def readable(fd: int) -> bool:
+    """True when an event waits."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(flags & select.POLLIN for _, flags in poll.poll(0))
+
+
+def waiting_calls(target: Target, freeze: Freeze) -> list[Call] | None:
+    """Calls of the threads that wait for us, asked after an event was readable; None: look again later.
+
+    None while a thread may own an event and is not seen waiting.  An empty list in a
+    freeze means that the caller is none of its threads.
+    """
+    if not freeze.holds and not _all_asleep(target):
+        return None
+    calls = []
+    for tid in list(freeze.waiting) if freeze.holds else procfs.threads(target.pid):
+        try:
+            where = procfs.wchan(target.pid, tid)
+            if not where and freeze.holds:
+                return None
+            if where != _WAITS_FOR_US:
+                continue
+            call = procfs.thread_syscall(target.pid, tid)
+        except (TargetGone, NotPermitted):
+            continue
+        if call is None:
+            return None
+        calls.append(call)
+    return calls if calls or freeze.holds else None
+
+
+def still_calls(target: Target) -> list[Call] | None:
+    """Calls of all threads of a target that is not frozen, when every one of them waits for us."""
+    calls = []
+    for tid in procfs.threads(target.pid):
+        if tid == target.link.agent.tid:
+            continue
+        if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
+            return None
+        call = procfs.thread_syscall(target.pid, tid)
+        if call is None:
+            return None
+        calls.append(call)
+    return calls
+
+
+def wait_for_others(target: Target, freeze: Freeze) -> None:
+    """Let threads that do not wait for events come to their stop, so that content can be copied.
+
+    Raises FreezeFailed.
+    """
+    for _ in range(2000):
+        freeze.begin()
+        freeze.collect()
+        blocked = 0
+        for tid in freeze.waiting:
+            try:
+                blocked += procfs.wchan(target.pid, tid) == _WAITS_FOR_US
+            except TargetGone:
+                continue
+        if blocked == len(freeze.waiting):
+            return
+        time.sleep(0.0002)
+    raise FreezeFailed(f"a thread of process {target.pid} did not stop in time")
+
+
+def iovec(target: Target, address: int, count: int) -> list[tuple[int, ...]]:
+    """The (start, length) pairs of a struct iovec array in the target; empty when it cannot be read."""
+    try:
+        data = os.pread(target.memory, min(count, 1024) * 16, address)
+    except OSError:
+        return []
+    return list(struct.iter_unpack("<QQ", data[: len(data) // 16 * 16]))
+
+
+def _all_asleep(target: Target) -> bool:
+    """Wait until no thread can own an event that was there before, unless it is seen waiting for us.
+
+    A thread is between queueing its event and sleeping for some microseconds of its own
+    processor time; one that sleeps elsewhere, or has used more since, is not there.
+    """
+    agent = target.link.agent.tid
+    used: dict[int, int] = {}
+    deadline = time.monotonic_ns() + _SEEN_NS
+    while True:
+        unknown = False
+        for tid in procfs.threads(target.pid):
+            try:
+                state, cpu_ns = procfs.thread_activity(target.pid, tid)
+                if tid == agent or state not in "RD" or procfs.wchan(target.pid, tid):
+                    continue
+            except TargetGone:
+                continue
+            unknown |= cpu_ns - used.setdefault(tid, cpu_ns) < _WINDOW_CPU_NS
+        if not unknown:
+            return True
+        if time.monotonic_ns() > deadline:
+            return False
+        time.sleep(0.001)
