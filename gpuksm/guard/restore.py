@@ -123,6 +123,7 @@ def restore_all(
 ) -> tuple[int, list[int]]:
     """Unmerge a whole target in steps; (pages, pauses in microseconds)."""
     pages, pauses = 0, []
+    largest = _CHUNK_PAGES
     # Half of the time is room for a page that takes longer than those before it.
     budget_ns, page_ns = max_pause_us * 500, _PAGE_NS
     while target.runs.pages:
@@ -132,12 +133,18 @@ def restore_all(
             while target.runs.pages:
                 left_ns = budget_ns - (time.monotonic_ns() - started)
                 run = next(iter(target.runs))
-                length = min(run.pages, _CHUNK_PAGES, int(max(0, left_ns) / page_ns))
-                if done and length < min(run.pages, _LEAST_PAGES):
+                length = min(run.pages, largest, int(max(0, left_ns) / page_ns))
+                if done and length < min(run.pages, largest, _LEAST_PAGES):
                     break
                 length = max(1, length)
                 began = time.monotonic_ns()
-                restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
+                try:
+                    restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
+                except RestoreFailed:
+                    if length == 1:
+                        raise
+                    largest = length // 2  # RLIMIT_AS: the copy is address space, too, for a moment
+                    continue
                 page_ns = (page_ns + (time.monotonic_ns() - began) / length) / 2
                 done += length
             if not target.runs.pages and target.placeholders:

@@ -45,3 +45,9 @@ def perform(victim: Victim, actions: str, others: Sequence[Victim] = ()) -> dict
         except AssertionError as error:
             raise AssertionError(f"after `{action}`: {error}") from None
     return answers
+
+
+def perform_all(victims: Iterable[Victim], command: str) -> None:
+    """The same command to each victim, one after the other."""
+    for victim in victims:
+        victim.ask(command)
