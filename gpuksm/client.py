@@ -192,9 +192,17 @@ def _connect(folder: Path) -> socket.socket | None:
     return sock
 
 
+def _own_file(path: Path, flags: int) -> int:
+    """Open or make a file of the runtime folder; whatever else stands in its place is a GuardError."""
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise errors.GuardError(f"cannot open {path}: {error.strerror}; remove it") from None
+
+
 @contextlib.contextmanager
 def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    handle = _own_file(folder / "lock", os.O_RDWR)
     try:
         while True:
             try:
@@ -234,8 +242,7 @@ def _start(folder: Path) -> socket.socket:
 def _spawn_keeper(folder: Path, log: Path) -> int | None:
     """Start the keeper detached; a pidfd of it, or None when it is already gone."""
     root = str(Path(__file__).resolve().parent.parent)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(log, flags, 0o600), "wb") as output:
+    with open(_own_file(log, os.O_WRONLY | os.O_APPEND), "wb") as output:
         started = subprocess.run(
             [sys.executable, "-I", "-c", _BOOTSTRAP, root, str(folder)],
             stdin=subprocess.DEVNULL,

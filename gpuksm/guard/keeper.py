@@ -58,7 +58,7 @@ def _hold(link: socket.socket, kept: dict[str, int]) -> None:
 def main() -> None:
     """Keep a guard running until it ends by itself."""
     folder = Path(sys.argv[1])
-    lock = os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
