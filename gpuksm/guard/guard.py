@@ -28,7 +28,7 @@ from gpuksm.guard.attach import attach, unmap_leftovers
 from gpuksm.guard.commit import Pace, vma_budget
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
 from gpuksm.guard.registry import Registry
-from gpuksm.guard.store import Store
+from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.tether import Tether
 from gpuksm.linux import census, procfs
@@ -95,6 +95,7 @@ class Guard:
             )
             if reason is not None:
                 raise reason
+            self._check_domain(pid)
             target = self._attach(pid)
         regions, skipped = eligibility.regions(pid, ranges, tracked=True)
         regions = [region for region in regions if not _is_own_memory(target, region)]
@@ -105,6 +106,17 @@ class Guard:
             raise Unsupported(f"{error}; try again later") from None
         tracked = target.track([(region.start, region.end) for region in regions])
         return target, _cut_regions(regions, tracked), skipped
+
+    def _check_domain(self, pid: int) -> None:
+        """Refuse a process whose user may not read what the store holds: its agent would let it."""
+        user = procfs.user(pid)
+        users = self.store.users() | {target.user for target in self.targets.values()}
+        others = users - {user, NOBODY}
+        if others:
+            raise Unsupported(
+                f"process {pid} belongs to uid {user}, and this guard holds memory of uid {min(others)}: "
+                "merge it with another GPUKSM_RUNTIME_DIR, or as its user"
+            )
 
     def _attach(self, pid: int) -> Target:
         tethered: set[int] = set()

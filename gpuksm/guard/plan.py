@@ -22,14 +22,14 @@ from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.commit import Committer, Outcome, Pace
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loose
-from gpuksm.guard.store import Store
+from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
 
 _MAX_PAGES = 1 << 20
 _WINDOW_PAGES = 1 << 14
-_NOBODY = (1 << 32) - 1  # an extent that nothing fills is nobody's
+
 _FILLS = (wire.OP_FILL, wire.OP_FILL_REPLICA)
 _REPLACES = (wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO)
 
@@ -150,7 +150,7 @@ def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> l
             users.setdefault(extent, host.targets[target].user)
     starts = []
     for index, count in enumerate(slots):
-        user = users.get(index, _NOBODY)
+        user = users.get(index, NOBODY)
         start = host.store.allocate(count, user)
         host.journal.append(journal.EXTENT, 0, start, count, user)
         starts.append(start)

@@ -8,8 +8,9 @@ What must hold:
   mean other content (offsets are free, the file is sparse).
 - Behind every extent lies a hole that is never allocated: growing a merged
   mapping in place reads zeros (docs/hazards.md, 3).
-- Processes of different users never share a slot: how fast a write to a page is
-  would tell one whether another has the same page.
+- One store holds memory of one user's processes at a time: each of their agents
+  holds a descriptor that reads all of it, and how fast a write to a page is would
+  tell one process whether another has the same page.
 - A slot is punched only when no mapping of it is left anywhere (reclaim.py).
 """
 
@@ -28,6 +29,7 @@ STORE_BYTES = 1 << 62
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
 _LARGE_EXTENT = 512
+NOBODY = (1 << 32) - 1  # the user of an extent that nothing fills
 
 
 def hole_behind(slots: int) -> int:
@@ -97,6 +99,10 @@ class Store:
         if self.extent_of(slot) is None:
             return None
         return self._users[bisect.bisect_right(self._starts, slot) - 1]
+
+    def users(self) -> set[int]:
+        """The users whose memory the store holds."""
+        return set(self._users)
 
     def ends_at_hole(self, slot_end: int) -> bool:
         """True when slot `slot_end` - 1 is the last of its extent."""
