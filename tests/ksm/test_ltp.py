@@ -85,7 +85,7 @@ def memory_group() -> Iterator[Path]:
 
 
 def test_ksm03_in_a_memory_group(world: World, memory_group: Path) -> None:
-    """Three processes whose group is limited: the store is charged to the guard, not to them."""
+    """Three processes whose group is limited merge as they do outside of it."""
     victims = _three(world, [C, A, A])
     for victim in victims:
         (memory_group / "cgroup.procs").write_text(str(victim.pid))

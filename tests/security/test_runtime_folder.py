@@ -77,3 +77,21 @@ def test_the_files_are_for_their_owner_only(world: World) -> None:
     _scan(world)
     modes = {path.name: path.stat().st_mode & 0o777 for path in world.folder.iterdir()}
     assert set(modes.values()) == {0o600}, modes
+
+
+def test_a_peer_of_another_user_is_hung_up_on(world: World, user_world: World) -> None:
+    """Even where both the folder and the socket would let it pass, it gets no answer."""
+    _scan(world)
+    script = (
+        "import socket, sys\nfrom gpuksm import wire\n"
+        "sock = socket.socket(socket.AF_UNIX)\n"
+        "sock.settimeout(10)\n"
+        "try:\n    sock.connect(sys.argv[1])\n"
+        "    wire.send(sock, {'op': 'status'})\n    wire.receive(sock)\n    answered = 1\n"
+        "except (ConnectionError, wire.WireError):\n    answered = 0\n"
+        "print('READY answered=%d' % answered, flush=True)\n"
+    )
+    world.folder.chmod(0o711)
+    (world.folder / "guard.sock").chmod(0o666)
+    assert user_world.python(script, world.folder / "guard.sock").values["answered"] == "0"
+    world.folder.chmod(0o700)
