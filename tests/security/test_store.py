@@ -101,7 +101,7 @@ def test_a_target_can_change_nothing_in_the_store(user_world: World) -> None:
     user_world.scan(*victims)
     assert processes.merged_pages(victims[0].pid) > 200
     answer = victims[0].ask("go")
-    refused = {name: answer[name] for name in ("write", "truncate", "seal", "punch", "map")}
+    refused = {name: answer[name] for name in ("write", "truncate", "seal", "punch", "map", "reopen")}
     assert refused == dict.fromkeys(refused, "0")
     victims[1].ask("go")
 
