@@ -286,7 +286,8 @@ def _cut(start: int, end: int, ranges: Sequence[tuple[int, int]] | None) -> Iter
             yield inside
 
 
-def _merged_ranges(ranges: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+def united(ranges: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+    """The same bytes as `ranges`, sorted and disjoint."""
     if ranges is None:
         return None
     joined: list[tuple[int, int]] = []
@@ -308,7 +309,7 @@ def regions(
     (of files only those the process has written to; merged memory is not left
     out).  Raises TargetGone and NotPermitted.
     """
-    wanted = _merged_ranges(ranges)
+    wanted = united(ranges)
     found: list[Region] = []
     skipped: dict[str, int] = {}
     for entry in procfs.smaps(pid):

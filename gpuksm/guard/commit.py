@@ -3,7 +3,11 @@
 What must hold (docs/hazards.md 4, 5, 6, 9, 12):
 - A page is replaced only if, with every thread that could write it frozen, the
   kernel says: present, tracked, anonymous, not written since before it was
-  compared.  Selected positively, never by "not written" alone.
+  compared.  Selected positively, never by "not written" alone.  That also holds for a
+  page of merged memory that was written and is merged again: the userfaultfd that
+  watches it tracks its writes, and a copied page of a private mapping is anonymous.
+- Merged memory is unwatched before it is mapped over (linked: both or neither), since
+  the agent would wait for us with an UNMAP event; it is never given to MADV_DONTNEED.
 - Its protection is the one its VMA has inside the freeze.
 - Merged memory raises events before the first thread goes on.
 - No run ends inside its extent without a watched page behind it.
@@ -174,12 +178,13 @@ class Committer:
             while True:
                 if vma is None or not vma.start <= at.addr < vma.end:
                     vma = target.query(at.addr)
-                reason = self._refusal(target, at, vma)
+                pages = at.pages if vma is None else min(at.pages, (vma.end - at.addr) // PAGE_SIZE)
+                head = at._replace(pages=pages)
+                reason = self._refusal(target, head, vma)
                 if vma is None or reason is not None:
-                    self.outcome.skip(reason or "unmapped", at.pages)
-                    break
-                pages = min(at.pages, (vma.end - at.addr) // PAGE_SIZE)
-                valid.append((at._replace(pages=pages), protection(vma)))
+                    self.outcome.skip(reason or "unmapped", pages)
+                else:
+                    valid.append((head, protection(vma)))
                 if pages == at.pages:
                     break
                 slot = None if at.slot is None else at.slot + pages
@@ -189,17 +194,26 @@ class Committer:
     def _refusal(self, target: Target, piece: Piece, vma: procfs.VmaQuery | None) -> str | None:
         if vma is None:
             return "unmapped"
-        if vma.inode or vma.flags & procfs.QUERY_SHARED:
+        merged = target.runs.overlapping(piece.addr, piece.end)
+        if vma.flags & procfs.QUERY_SHARED or (vma.inode and not self._is_run(piece, vma, merged)):
             return "not-anonymous"
         if vma.flags & PROT_EXEC:
             return "executable"
-        if target.runs.overlapping(piece.addr, piece.end):
+        if merged and not vma.inode:
             return "merged-already"
+        if merged and piece.slot is None:
+            return "zeros-in-merged"
         if target.has_border_in(piece.addr, piece.end):
             return "border-page"
         if any(low < piece.end and piece.addr < high for low, high in target.tainted):
             return "moved"
         return None
+
+    def _is_run(self, piece: Piece, vma: procfs.VmaQuery, merged: list[Run]) -> bool:
+        """True when all of `piece` is one merged run by our books and by the kernel's."""
+        if vma.inode != self.store.inode or len(merged) != 1 or merged[0].pages != piece.pages:
+            return False
+        return merged[0].slot * PAGE_SIZE - vma.offset == merged[0].start - vma.start
 
     def _map(self, target: Target, valid: list[tuple[Piece, int]], following: Piece | None) -> None:
         table = Table()
@@ -212,11 +226,12 @@ class Committer:
                 self._add_zero(target, table, entries, piece, prot)
                 continue
             behind = valid[index + 1][0] if index + 1 < len(valid) else following
-            piece = self._with_border(target, table, piece, behind)
+            merged = bool(target.runs.overlapping(piece.addr, piece.end))
+            piece = self._with_border(target, table, piece, behind, merged)
             if piece.pages:
                 size = piece.pages * PAGE_SIZE
-                slot = piece.slot if piece.slot is not None else 0
-                entries.append((target.add_map_store(table, piece.addr, size, prot, slot), piece, prot))
+                add = target.add_remap_store if merged else target.add_map_store
+                entries.append((add(table, piece.addr, size, prot, piece.slot or 0), piece, prot))
         self._perform(target, table, entries)
 
     def _add_zero(
@@ -226,7 +241,9 @@ class Committer:
         index = table.add(arch.current().NR.MADVISE, piece.addr, size, MADV_DONTNEED)
         entries.append((index, piece, prot))
 
-    def _with_border(self, target: Target, table: Table, piece: Piece, behind: Piece | None) -> Piece:
+    def _with_border(
+        self, target: Target, table: Table, piece: Piece, behind: Piece | None, merged: bool
+    ) -> Piece:
         """`piece`, without its last page when that has to be a border page."""
         assert piece.slot is not None
         slot_end = piece.slot + piece.pages
@@ -237,6 +254,10 @@ class Committer:
         if behind is not None and behind.addr == piece.end and behind.slot is not None:
             # Mapped next, in this slice or (the same run, cut for its length) in the following one.
             return piece
+        if merged:
+            # Its last page stays in the run that it is in, which is watched and ends well already.
+            self.outcome.skip("border-page", 1)
+            return piece._replace(pages=piece.pages - 1)
         border = piece.end - PAGE_SIZE
         target.add_border(table, border)
         target.borders.add(border)
@@ -246,6 +267,7 @@ class Committer:
 
     def _perform(self, target: Target, table: Table, entries: list[tuple[int, Piece, int]]) -> None:
         runs = [Run(p.addr, p.end, p.slot) for _, p, _ in entries if p.slot is not None]
+        before = {run.start: target.runs.overlapping(run.start, run.end) for run in runs}
         self.journal.append_runs(MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
         for run in runs:
             target.runs.add(run)
@@ -262,12 +284,23 @@ class Committer:
             elif results[index] == piece.addr and results[index + 1] == 0:
                 self.outcome.done(piece, piece.pages)
             else:
-                self._cure(target, piece, prot, results[index])
+                self._cure(target, piece, prot, before[piece.addr])
 
-    def _cure(self, target: Target, piece: Piece, prot: int, result: int) -> None:
-        """A mapping failed, or could not be watched: make the memory right again (hazard 12)."""
+    def _cure(self, target: Target, piece: Piece, prot: int, before: list[Run]) -> None:
+        """A mapping failed, or could not be watched: make the memory right again (hazard 12).
+
+        `before` is what was merged in its place.
+        """
         self.outcome.skip("map-failed", piece.pages)
         vma = target.query(piece.addr)
+        if before and vma is not None and self._is_run(piece, vma, before):
+            # Nothing was replaced; it may have been unwatched, and watching twice does no harm.
+            target.runs.add(before[0])
+            table = Table()
+            target.add_register(table, piece.addr, piece.pages * PAGE_SIZE)
+            if target.link.agent.perform(table)[0] != 0:
+                self.outcome.skip("unwatched", piece.pages)
+            return
         if vma is not None and not vma.inode:
             target.runs.remove(piece.addr, piece.end)  # nothing was replaced
             return

@@ -104,7 +104,7 @@ class Guard:
                 pass  # applies pending events, so that tracking starts from a true ledger
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
-        tracked = target.track([(region.start, region.end) for region in regions])
+        tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
         return target, _cut_regions(regions, tracked), skipped
 
     def _check_domain(self, pid: int) -> None:
@@ -288,9 +288,9 @@ class Guard:
 
     # -- requests --------------------------------------------------------------------
 
-    def arm(self, target: Target) -> list[tuple[int, int]]:
+    def arm(self, target: Target, ranges: list[tuple[int, int]] | None) -> tracking.Armed:
         """Re-arm write tracking; see tracking.py."""
-        return tracking.arm(target, self.breathe)
+        return tracking.arm(target, self.breathe, ranges)
 
     def commit(
         self, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int

@@ -93,7 +93,10 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
         _fill(host, portion, pieces, outcome)
         _verify(host, portion, pieces, outcome)
         for number, mine in pieces.items():
-            ends.setdefault(number, []).extend(piece.end for piece in mine if piece.slot is not None)
+            # A run in front of a piece that failed may have lost what was watched behind it.
+            ends.setdefault(number, []).extend(
+                end for piece in mine if piece.slot is not None for end in (piece.addr, piece.end)
+            )
             going_on = {end for target, end in continued if target == number}
             _commit(host, number, mine, going_on, max_pause_us, outcome)
     _settle(host, ends, outcome)

@@ -7,6 +7,7 @@ a slow one is buffered; neither can keep events from being served.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 from gpuksm import __version__, errors, wire
 from gpuksm.errors import GpuksmError, GuardError, NotPermitted, UsageError
 from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.exchange import Exchange
 from gpuksm.guard.freeze import FreezeFailed, release_stragglers
 from gpuksm.guard.guard import Guard
 from gpuksm.guard.restore import RestoreFailed
@@ -41,6 +43,7 @@ class Client:
         self.sock = sock
         self.inbox = bytearray()
         self.outbox = bytearray()
+        self.watching = False
 
     def receive(self) -> bool:
         """Take what has arrived; False when the client is gone."""
@@ -88,6 +91,7 @@ class Server:
         listener.setblocking(False)
         self.clients: dict[int, Client] = {}
         self.scanner: Client | None = None
+        self.exchange = Exchange()
         self.stopping = False
         self._told_to_end = False
         self._idle_since = time.monotonic()
@@ -100,7 +104,7 @@ class Server:
             # Only a tether has stops to serve; without, SIGCHLD would just cost time inside freezes.
             signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._terminate)
-        self.operations: dict[str, Callable[[Client, dict[str, Any], bytearray], Reply]] = {
+        self.operations: dict[str, Callable[[Client, dict[str, Any], bytearray], Reply | None]] = {
             "hello": self._hello,
             "attach": self._attach,
             "arm": self._arm,
@@ -111,6 +115,8 @@ class Server:
             "register": self._register,
             "unregister": self._unregister,
             "registered": self._registered,
+            "knobs": self._knobs,
+            "watch": self._watch,
             "shutdown": self._shutdown,
         }
 
@@ -192,8 +198,9 @@ class Server:
         alive = client.receive()
         try:
             while alive and (request := client.next_request()) is not None:
-                message, body = self._answer(client, *request)
-                client.outbox += wire.encode(message, body)
+                reply = self._answer(client, *request)
+                if reply is not None:
+                    client.outbox += wire.encode(*reply)
         except wire.WireError:
             alive = False
         if not (alive and client.flush()):
@@ -204,14 +211,16 @@ class Server:
         client.sock.close()
         if self.scanner is client:
             self.scanner = None
+            self.exchange.forget()
             self.guard.release_idle()
 
-    def _answer(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
+    def _answer(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply | None:
+        """The reply to a request; None when it comes later (`watch`)."""
         operation = self.operations.get(str(message.get("op")))
         try:
             if operation is None:
                 raise UsageError(f"unknown operation {message.get('op')!r}")
-            reply, body = operation(client, message, payload)
+            answer = operation(client, message, payload)
         except GpuksmError as error:
             return {"error": type(error).__name__, "message": str(error)}, b""
         except (FreezeFailed, AgentStuck, RestoreFailed) as error:
@@ -221,13 +230,15 @@ class Server:
             return {"error": "GuardError", "message": f"{error}; try again"}, b""
         except (KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
             return {"error": "UsageError", "message": f"malformed request: {error!r}"}, b""
-        return {"ok": True, **reply}, body
+        return None if answer is None else ({"ok": True, **answer[0]}, answer[1])
 
     # -- operations --------------------------------------------------------------
 
     def _hello(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         merged = sum(target.runs.pages for target in self.guard.targets.values())
         return {
+            "runs": sum(len(target.runs) for target in self.guard.targets.values()),
+            "store_bytes": self.guard.store.used_bytes(),
             "pid": os.getpid(),
             "version": __version__,
             "store_dev": self.guard.store.device,
@@ -261,6 +272,7 @@ class Server:
             **reply,
             "target": target.id,
             "regions": regions,
+            "merged": target.spans,
             "skipped": skipped,
             "error": None,
             "message": "",
@@ -268,9 +280,14 @@ class Server:
         }
 
     def _arm(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
-        written = self.guard.arm(self.guard.target(message["target"]))
+        ranges = list(struct.iter_unpack("<QQ", payload)) if message.get("some") else None
+        if ranges is not None and any(
+            not low < high <= after for (low, high), (after, _) in itertools.pairwise([*ranges, (1 << 63, 0)])
+        ):
+            raise UsageError("malformed request: ranges must ascend and not overlap")
+        written, changed = self.guard.arm(self.guard.target(message["target"]), ranges)
         flat = [address for pair in written for address in pair]
-        return {"ranges": len(written)}, struct.pack(f"<{len(flat)}Q", *flat)
+        return {"ranges": len(written), "changed": changed}, struct.pack(f"<{len(flat)}Q", *flat)
 
     def _commit(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         if self.scanner is not client:
@@ -288,9 +305,13 @@ class Server:
         }, result.column
 
     def _slots(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
+        generation = self.guard.store.generation
+        if message.get("generation") == generation:
+            return {"generation": generation, "extents": None}, b""
         extents = self.guard.store.extents()
         body = b"".join(struct.pack("<QQ", start, slots) for start, slots, _ in extents)
-        return {"extents": len(extents)}, body + b"".join(digests for _, _, digests in extents)
+        body += b"".join(digests for _, _, digests in extents)
+        return {"generation": generation, "extents": len(extents)}, body
 
     def _unmerge(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         pids = message.get("pids")
@@ -301,16 +322,18 @@ class Server:
         return {"pages": pages, "pauses_us": pauses, "failed": failed}, b""
 
     def _status(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
-        return self.guard.status(), b""
+        return {**self.guard.status(), "daemon": self.exchange.told()["daemon"]}, b""
 
     def _register(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         pid, ranges = self._own_process(client, message)
         self.guard.registry.add(pid, ranges)
+        self._wake_watchers()
         return {}, b""
 
     def _unregister(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         pid, ranges = self._own_process(client, message)
         self.guard.registry.remove(pid, ranges)
+        self._wake_watchers()
         return {}, b""
 
     def _own_process(
@@ -332,6 +355,30 @@ class Server:
 
     def _registered(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         return {"targets": self.guard.registry.listed()}, b""
+
+    def _knobs(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
+        if "publish" in message:
+            if self.scanner is not client:
+                raise GuardError("only the scanner that has attached publishes its numbers")
+            return {"wanted": self.exchange.publish(dict(message["publish"]))}, b""
+        if "set" in message:
+            self.exchange.set(dict(message["set"]))
+            self._wake_watchers()
+        return self.exchange.told(), b""
+
+    def _watch(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply | None:
+        if message.get("serial") != self.exchange.serial:
+            return {"serial": self.exchange.serial}, b""
+        client.watching = True
+        return None
+
+    def _wake_watchers(self) -> None:
+        self.exchange.serial += 1
+        for client in self.clients.values():
+            if client.watching:
+                client.watching = False
+                client.outbox += wire.encode({"ok": True, "serial": self.exchange.serial})
+                client.flush()  # one that is gone is hung up on when it is polled
 
     def _shutdown(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         merged = sum(target.runs.pages for target in self.guard.targets.values())

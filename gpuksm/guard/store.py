@@ -55,6 +55,7 @@ class Store:
         self._slots: list[int] = []
         self._digests: list[bytes] = []
         self._users: list[int] = []
+        self.generation = 0  # goes up whenever what `extents` tells has changed
         self._next = _LARGE_EXTENT  # slot 0 is never used: offset 0 is what careless code maps
 
     def allocate(self, slots: int, user: int) -> int:
@@ -69,6 +70,7 @@ class Store:
             raise FeatureMissing(
                 "the store's offsets are used up: run `gpuksm unmerge --all`, then scan again"
             )
+        self.generation += 1
         self._starts.append(start)
         self._slots.append(slots)
         self._digests.append(bytes(8 * slots))
@@ -80,6 +82,7 @@ class Store:
 
     def set_digests(self, start: int, first: int, digests: bytes) -> None:
         """Remember digests of the extent at `start` from its slot `first` on."""
+        self.generation += 1
         index = self._index(start)
         old = self._digests[index]
         self._digests[index] = old[: first * 8] + digests + old[first * 8 + len(digests) :]
@@ -148,6 +151,7 @@ class Store:
         self._slots = [item[1] for item in keep]
         self._digests = [item[2] for item in keep]
         self._users = [item[3] for item in keep]
+        self.generation += bool(freed)
         return freed
 
     def used_bytes(self) -> int:

@@ -24,7 +24,8 @@ MADV_DONTNEED = 4
 class Target:
     """A process with an agent in it.
 
-    `regions`: [start, end) ranges whose writes are tracked.  `borders`: pages that
+    `regions`: [start, end) ranges whose writes are tracked; `spans`: ranges of merged
+    memory whose pages may be merged again once they were written.  `borders`: pages that
     are kept unmerged behind a run that ends inside an extent, watched like merged
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
@@ -40,6 +41,7 @@ class Target:
     memory: int
     maps: int
     regions: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
     runs: Runs = field(default_factory=Runs)
     borders: set[int] = field(default_factory=set)
     placeholders: set[int] = field(default_factory=set)
@@ -122,6 +124,22 @@ class Target:
         self.add_register(table, start, length)
         return index
 
+    def add_remap_store(self, table: Table, start: int, length: int, prot: int, slot: int) -> int:
+        """`add_map_store` over memory that is merged already: unwatched first, or mmap would wait for us."""
+        self.add_unregister(table, start, length)
+        index = table.add(
+            arch.current().NR.MMAP,
+            start,
+            length,
+            prot,
+            MAP_PRIVATE | MAP_FIXED,
+            self.link.agent_store,
+            slot * PAGE_SIZE,
+            linked=True,
+        )
+        self.add_register(table, start, length)
+        return index
+
     def add_map_zeros(self, table: Table, start: int, length: int, prot: int) -> int:
         """Replace merged [start, start + length) by fresh anonymous memory."""
         self.add_unregister(table, start, length)
@@ -136,8 +154,14 @@ class Target:
             linked=True,
         )
 
-    def track(self, regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Register plain anonymous memory for write tracking; the ranges that are tracked now."""
+    def track(
+        self, regions: list[tuple[int, int]], limits: list[tuple[int, int]] | None
+    ) -> list[tuple[int, int]]:
+        """Register plain anonymous memory for write tracking; the ranges that are tracked now.
+
+        Merged memory (within `limits`) is noted as `spans`: it is watched, and its writes
+        are tracked by that.
+        """
         tracked = []
         for start, end in regions:
             for low, high in self._unmerged(start, end):
@@ -147,7 +171,26 @@ class Target:
                     continue  # unmapped meanwhile, or another userfaultfd's
                 tracked.append((low, high))
         self.regions = tracked
+        self.spans = self._merged_within(limits)
         return tracked
+
+    def _merged_within(self, limits: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
+        """Stretches of adjacent runs, inside `limits` (sorted, disjoint) where given."""
+        joined: list[tuple[int, int]] = []
+        for run in self.runs:
+            if joined and joined[-1][1] == run.start:
+                joined[-1] = (joined[-1][0], run.end)
+            else:
+                joined.append((run.start, run.end))
+        if limits is None:
+            return joined
+        inner = [(-(-low // PAGE_SIZE) * PAGE_SIZE, high // PAGE_SIZE * PAGE_SIZE) for low, high in limits]
+        return [
+            (max(start, low), min(end, high))
+            for start, end in joined
+            for low, high in inner
+            if max(start, low) < min(end, high)
+        ]
 
     def _unmerged(self, start: int, end: int) -> list[tuple[int, int]]:
         busy = [(run.start, run.end) for run in self.runs.overlapping(start, end)]

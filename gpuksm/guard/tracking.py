@@ -8,44 +8,83 @@ single-threaded guard and nobody else arms.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from gpuksm.guard.target import Target
 from gpuksm.linux import pagemap, procfs
 
 _ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
+_WRITTEN = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_WPALLOWED
 
-Region = tuple[int, int, int]
+Range = tuple[int, int]
 
 
-def arm(target: Target, breathe: Callable[[], None]) -> list[tuple[int, int]]:
-    """Re-arm the regions of `target`; what had been written (or never armed) since the last time."""
-    written: list[tuple[int, int]] = []
-    target.tainted.clear()
-    for start, end in target.regions:
+class Armed(NamedTuple):
+    """What had been written (or never armed) since the last time; `changed` when a region is not
+    tracked as a whole any more, so that attaching again may find more."""
+
+    written: list[Range]
+    changed: bool
+
+
+def arm(target: Target, breathe: Callable[[], None], ranges: list[Range] | None = None) -> Armed:
+    """Re-arm the regions of `target`, or those parts of them that lie in `ranges` (sorted, disjoint).
+
+    Of merged memory only pages that the target has written, and so has copies of, are armed.
+    """
+    written: list[Range] = []
+    changed = False
+    target.tainted = [] if ranges is None else [piece for piece in target.tainted if not _held(piece, ranges)]
+    parts = [(start, end, 0) for start, end in _within(target.regions, ranges)]
+    parts += [(start, end, pagemap.PAGE_IS_FILE) for start, end in _within(target.spans, ranges)]
+    for start, end, without in parts:
         try:
-            found = _arm(target, start, end)
+            written += _arm(target, start, end, without)
         except PermissionError:
             # Part of the region is not tracked any more (unmapped, moved over): arm the rest piecewise.
-            found = _arm_piecewise(target, start, end)
-        written.extend((low, high) for low, high, _ in found)
+            written += _arm_piecewise(target, start, end, without)
+            changed = True
         breathe()
-    return written
+    return Armed(sorted(written), changed)
 
 
-def _arm(target: Target, start: int, end: int) -> list[Region]:
-    return pagemap.scan(
+def _within(regions: list[Range], ranges: list[Range] | None) -> list[Range]:
+    """The parts of `regions` inside `ranges`; both are sorted and disjoint."""
+    if ranges is None:
+        return regions
+    parts: list[Range] = []
+    at = 0
+    for start, end in regions:
+        while at < len(ranges) and ranges[at][1] <= start:
+            at += 1
+        for low, high in itertools.islice(ranges, at, None):
+            if low >= end:
+                break
+            parts.append((max(start, low), min(end, high)))
+    return parts
+
+
+def _held(piece: Range, ranges: list[Range]) -> bool:
+    return any(low <= piece[0] and piece[1] <= high for low, high in ranges)
+
+
+def _arm(target: Target, start: int, end: int, without: int) -> list[Range]:
+    found = pagemap.scan(
         target.pagemap,
         start,
         end,
-        mask=pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_WPALLOWED,
+        inverted=without,
+        mask=_WRITTEN | without,
         ret=pagemap.PAGE_IS_WRITTEN,
         flags=_ARM,
     )
+    return [(low, high) for low, high, _ in found]
 
 
-def _arm_piecewise(target: Target, start: int, end: int) -> list[Region]:
-    found: list[Region] = []
+def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[Range]:
+    found: list[Range] = []
     at = start
     while at < end:
         vma = procfs.query_vma(target.maps, at)
@@ -53,6 +92,6 @@ def _arm_piecewise(target: Target, start: int, end: int) -> list[Region]:
             break
         low, high = max(at, vma.start), min(end, vma.end)
         with contextlib.suppress(PermissionError):
-            found += _arm(target, low, high)
+            found += _arm(target, low, high, without)
         at = high
     return found

@@ -15,7 +15,7 @@ from gpuksm.scan.runs import (
     Layout,
     Pages,
     Runs,
-    followed,
+    ends_well,
     stretches_in,
 )
 from gpuksm.scan.trees import Contents, StableTree
@@ -84,7 +84,7 @@ def lay_out(pages: Pages, content: I64, contents: Contents, stable: StableTree) 
         np.concatenate((runs.pages, chunks.pages)),
         np.concatenate((runs.slot, chunks.slot)),
     )
-    return layout, _cut_extents(layout, runs, followed(runs, pages.joins))
+    return layout, _cut_extents(layout, runs, ends_well(runs, pages))
 
 
 def _replicas(content: I64, contents: Contents, stretch: Runs, stable: StableTree) -> tuple[I64, I64, I64]:

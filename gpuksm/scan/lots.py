@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from gpuksm.scan import _layout_kernels as kernels
 from gpuksm.scan.columns import I64
-from gpuksm.scan.runs import VMA_PAGES, Layout, Pages, Runs, followed
+from gpuksm.scan.runs import VMA_PAGES, Layout, Pages, Runs, ends_well, followed
 
 VMAS_PER_RUN = 2
 
@@ -34,7 +34,7 @@ def decide(
     order = np.lexsort((runs.first, rank[lot]))
     runs, lot_rank = runs.take(order), rank[lot[order]]
     target = pages.target[runs.first].astype(np.int64)
-    lost = ~layout.last[runs.slot + runs.pages - 1] & ~followed(runs, pages.joins)
+    lost = ~layout.last[runs.slot + runs.pages - 1] & ~ends_well(runs, pages)
     kept = np.zeros(len(runs), np.bool_)
     filler = np.full(len(length), -1, np.int64)
     refused = np.zeros(len(runs), np.int64)

@@ -22,7 +22,8 @@ class Pages:
     """The round's candidates in order of target and address, one entry a page.
 
     target u4: index of the target; address u8; digest u8; kind u1; joins bool:
-    the page follows its predecessor within one region.
+    the page follows its predecessor within one region; watched bool: right behind
+    it lies memory that is merged already, so a run may end there at no cost.
     """
 
     target: NDArray[np.uint32]
@@ -30,6 +31,7 @@ class Pages:
     digest: U64
     kind: NDArray[np.uint8]
     joins: NDArray[np.bool_]
+    watched: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ def followed(runs: Runs, joins: NDArray[np.bool_]) -> NDArray[np.bool_]:
     begins[runs.first] = True
     begins[:-1] &= joins
     return np.asarray(begins[runs.first + runs.pages])
+
+
+def ends_well(runs: Runs, pages: Pages) -> NDArray[np.bool_]:
+    """For each run whether merged memory lies right behind it, or will."""
+    return np.asarray(followed(runs, pages.joins) | pages.watched[runs.first + runs.pages - 1])
 
 
 @dataclass

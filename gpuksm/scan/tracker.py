@@ -75,10 +75,14 @@ class PageMap:
     def __init__(self, pid: int, regions: Sequence[Sequence[int]]) -> None:
         table = np.array([tuple(region[:2]) for region in regions], np.uint64).reshape(-1, 2)
         self.pid = pid
-        self.low = np.ascontiguousarray(table[:, 0])
-        self.high = np.ascontiguousarray(table[:, 1])
+        self.set_regions(table)
         self._fd = pagemap.open_pagemap(pid)
         self._buffer = np.empty((_CAPACITY, 3), np.uint64)
+
+    def set_regions(self, table: U64) -> None:
+        """Look at the stretches `table` (n, 2) from now on; ascending and disjoint."""
+        self.low = np.ascontiguousarray(table[:, 0])
+        self.high = np.ascontiguousarray(table[:, 1])
 
     def close(self) -> None:
         """Close the descriptor; may be called twice."""
@@ -173,9 +177,16 @@ class Tracker:
     """
 
     def __init__(
-        self, pid: int, regions: Sequence[Sequence[int]], *, checksum: bool = False, passive: bool = False
+        self,
+        pid: int,
+        regions: Sequence[Sequence[int]],
+        merged: Sequence[Sequence[int]] = (),
+        *,
+        checksum: bool = False,
+        passive: bool = False,
     ) -> None:
-        self.map = PageMap(pid, regions)
+        self.map = PageMap(pid, [])
+        self.set_regions(regions, merged)
         self.pid = pid
         self.user = procfs.user(pid)
         self.columns = empty_columns()
@@ -183,6 +194,13 @@ class Tracker:
         self._checksum = checksum
         self._unarmed = checksum or passive
         self._previous = empty_columns()
+
+    def set_regions(self, regions: Sequence[Sequence[int]], merged: Sequence[Sequence[int]] = ()) -> None:
+        """Look at `regions`, and at copies that the target made of pages of `merged`, from now on."""
+        table = np.array([tuple(part[:2]) for part in (*regions, *merged)], np.uint64).reshape(-1, 2)
+        self.map.set_regions(table[np.argsort(table[:, 0], kind="stable")])
+        spans = np.array(sorted(tuple(part[:2]) for part in merged), np.uint64).reshape(-1, 2)
+        self.merged_low, self.merged_high = spans[:, 0].copy(), spans[:, 1].copy()
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -256,13 +274,19 @@ def gather(trackers: Sequence[Tracker]) -> Pages:
     return Pages(
         np.repeat(np.arange(len(trackers), dtype=np.uint32), counts),
         address,
-        np.concatenate([np.empty(0, np.uint64), *map(_within_user, trackers, columns)]),
+        np.concatenate([np.empty(0, np.uint64), *map(within_user, trackers, columns)]),
         np.concatenate([np.empty(0, np.uint8), *(column.kind for column in columns)]),
         joins,
+        np.concatenate([np.empty(0, np.bool_), *map(_watched, trackers, columns)]),
     )
 
 
-def _within_user(tracker: Tracker, column: Columns) -> U64:
+def _watched(tracker: Tracker, column: Columns) -> NDArray[np.bool_]:
+    """Which pages have merged memory right behind them."""
+    return inside(column.address + np.uint64(PAGE_BYTES), tracker.merged_low, tracker.merged_high)
+
+
+def within_user(tracker: Tracker, column: Columns) -> U64:
     """Digests that differ between users, whose pages are never merged with each other.
 
     The guard enforces that; here it only keeps useless candidates out of the plan.

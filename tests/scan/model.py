@@ -65,6 +65,7 @@ class ModelGuard:
             np.array([digest_of(c) for c in content], np.uint64),
             np.array([KIND_ZERO if c == 0 else KIND_NORMAL for c in content], np.uint8),
             np.array([row[3] for row in rows], np.bool_),
+            np.zeros(len(rows), np.bool_),
         )
 
     def slots(self):

@@ -7,6 +7,7 @@ hide itself from the tests.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,14 @@ def merged_pages(pid: int, start: int = 0, end: int = 1 << 63) -> int:
         (min(mapping.end, end) - max(mapping.start, start)) // 4096
         for mapping in store_mappings(pid, start, end)
     )
+
+
+def private_pages(pid: int, start: int, end: int) -> int:
+    """Pages of [start, end) of which `pid` has a copy of its own: anonymous, present or swapped out."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
+        file.seek(start // 4096 * 8)
+        entries = struct.unpack(f"<{(end - start) // 4096}Q", file.read((end - start) // 4096 * 8))
+    return sum(entry >> 62 != 0 and not entry >> 61 & 1 for entry in entries)
 
 
 def rollup(pid: int) -> dict[str, int]:

@@ -1,0 +1,209 @@
+"""What one-shot scans and the daemon share: targets that are attached, and committing a plan.
+
+Nothing here decides when; see `round.py` and `session.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpuksm import errors
+from gpuksm.errors import TargetGone
+from gpuksm.hashing import select
+from gpuksm.hashing.protocol import Hasher
+from gpuksm.scan.columns import I64
+from gpuksm.scan.planner import Plan, make_plan
+from gpuksm.scan.requests import Request, requests
+from gpuksm.scan.runs import Pages
+from gpuksm.scan.tracker import Tracker
+from gpuksm.scan.trees import StableTree, no_stable_tree, stable_tree
+from gpuksm.scan.types import Progress, ScanOptions, TargetReport, TargetRequest
+
+if TYPE_CHECKING:
+    from gpuksm.client import GuardClient
+
+
+@dataclass
+class Target:
+    """One attached target over a scan or a daemon's session."""
+
+    pid: int
+    ident: int
+    name: str
+    tracker: Tracker | None
+    skipped: Counter[str]
+    error: str | None = None
+    refusal: dict[str, Any] | None = None  # what the guard said when it did not attach
+    pages_scanned: int = 0
+    pages_merged: int = 0
+    zero_pages: int = 0
+    runs: int = 0
+    vmas: int = 0
+    unshared: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def volatile(self) -> int:
+        return self.tracker.volatile if self.tracker else 0
+
+    def leave(self) -> None:
+        """The target has exited: a normal outcome."""
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+
+    def report(self) -> TargetReport:
+        skipped = Counter(self.skipped)
+        skipped.update(self.left_out)
+        return TargetReport(
+            self.pid,
+            self.name,
+            self.pages_scanned,
+            self.pages_merged + self.zero_pages,
+            self.runs,
+            self.vmas,
+            dict(skipped),
+            self.error,
+        )
+
+
+class Engine:
+    """Attached targets and the guard connection over which their pages are merged."""
+
+    def __init__(self, client: GuardClient, options: ScanOptions, progress: Progress) -> None:
+        self.client = client
+        self.options = options
+        self.progress = progress
+        self.targets: list[Target] = []
+        self.pauses_us: list[int] = []
+        self.skipped: Counter[str] = Counter()
+        self.backend_reason = ""
+        self._hasher: Hasher | None = None
+        self._stable = no_stable_tree()
+        self._generation: int | None = None
+
+    @property
+    def hasher(self) -> Hasher:
+        assert self._hasher is not None
+        return self._hasher
+
+    def open_hasher(self, seed: int) -> None:
+        """`seed` is the store's own, so that the digests it remembers can be compared with ours."""
+        options = self.options
+        self._hasher, self.backend_reason = select.create(
+            options.backend, seed, options.threads, options.device, options.gpu_memory
+        )
+
+    def close(self) -> None:
+        """Give descriptors and threads back."""
+        for target in self.targets:
+            target.leave()
+        if self._hasher is not None:
+            self._hasher.close()
+
+    def living(self) -> list[Target]:
+        return [target for target in self.targets if target.tracker is not None]
+
+    def ask_attach(self, wanted: Sequence[TargetRequest]) -> dict[str, Any]:
+        """The guard's reply to `attach`; takes the scan lock.  Raises GuardError when another has it."""
+        options = {
+            "allow_seccomp": self.options.allow_seccomp,
+            "allow_direct_io": self.options.allow_direct_io,
+            "max_pause_us": self.options.max_pause_us,
+        }
+        asked = [{"pid": t.pid, "named": t.named, "ranges": t.ranges} for t in wanted]
+        return self.client.request("attach", targets=asked, options=options)[0]
+
+    def attach(self, wanted: Sequence[TargetRequest]) -> list[Target]:
+        """Attach to `wanted` and keep them as targets, with their error those that cannot be."""
+        reply = self.ask_attach(wanted)
+        checksum = reply.get("tracking", "write-tracking") == "checksum"
+        fresh = [_opened(item, checksum) for item in reply["targets"]]
+        self.targets += fresh
+        return fresh
+
+    def merge(self, pages: Pages, living: list[Target]) -> int:
+        """Plan over the candidates `pages` of `living` and commit; pages merged or given back."""
+        self.progress.update("plan", 0, 0)
+        self.skipped.clear()
+        before = [target.pages_merged + target.zero_pages for target in living]
+        plan = make_plan(pages, self.stable(), self._budgets(living), self.hasher.sort)
+        for index, target in enumerate(living):
+            target.left_out = plan.skipped[index]
+            target.unshared = int(plan.unshared[index])
+        self._commit(plan, living)
+        return sum(target.pages_merged + target.zero_pages for target in living) - sum(before)
+
+    def stable(self) -> StableTree:
+        """The stable tree; fetched only when the store has changed."""
+        reply, payload = self.client.request("slots", generation=self._generation)
+        if reply["extents"] is not None:
+            self._stable = stable_tree(int(reply["extents"]), payload)
+            self._generation = int(reply["generation"])
+        return self._stable
+
+    def _budgets(self, living: list[Target]) -> I64:
+        status, _ = self.client.request("status")
+        left = {int(item["target"]): item["vma_budget"] or 0 for item in status["targets"]}
+        return np.array([max(0, int(left.get(target.ident, 0))) for target in living], np.int64)
+
+    def _commit(self, plan: Plan, living: list[Target]) -> None:
+        ids = np.array([target.ident for target in living], np.int64)
+        total = int(plan.runs.pages.sum() + plan.zeros.pages.sum())
+        done = 0
+        for request in requests(plan):
+            self.progress.update("commit", done, total)
+            reply, column = self.client.request(
+                "commit",
+                request.payload(ids),
+                extents=len(request.extents),
+                records=len(request.records),
+                max_pause_us=self.options.max_pause_us,
+            )
+            self._account(request, reply, np.frombuffer(column, "<u4"), living)
+            done += request.merging_pages
+        self.progress.update("commit", total, total)
+
+    def _account(self, request: Request, reply: dict[str, Any], merged: Any, living: list[Target]) -> None:
+        self.pauses_us += [int(pause) for pause in reply["pauses_us"]]
+        self.skipped.update({str(reason): int(pages) for reason, pages in reply["skipped"].items()})
+        of, zero = request.records["target"], request.zero
+        mapped = np.bincount(of[~zero], merged[~zero], len(living))
+        zeroed = np.bincount(of[zero], merged[zero], len(living))
+        runs = np.bincount(of[merged > 0], minlength=len(living))
+        for index, target in enumerate(living):
+            target.pages_merged += int(mapped[index])
+            target.zero_pages += int(zeroed[index])
+            target.runs += int(runs[index])
+            target.vmas = int(reply["vmas"].get(str(target.ident), target.vmas))
+
+
+def _opened(item: dict[str, Any], checksum: bool) -> Target:
+    """A target as the guard's reply to `attach` describes it."""
+    target = Target(
+        pid=int(item["pid"]),
+        ident=-1 if item["target"] is None else int(item["target"]),
+        name=str(item.get("name", "")),
+        tracker=None,
+        skipped=Counter({str(reason): int(pages) for reason, pages in item.get("skipped", {}).items()}),
+    )
+    if item["target"] is None:
+        target.refusal = item
+        target.error = f"{item['error']}: {item['message']}"
+        return target
+    try:
+        target.tracker = Tracker(target.pid, item["regions"], item.get("merged", ()), checksum=checksum)
+    except TargetGone:
+        target.error = f"TargetGone: process {target.pid} has exited"
+    return target
+
+
+def error_of(item: dict[str, Any]) -> errors.GpuksmError:
+    """The error that the guard named when it refused to attach."""
+    kind = getattr(errors, str(item["error"]), errors.GuardError)
+    return kind(str(item["message"]))
