@@ -150,6 +150,26 @@ class GuardClient:
             raise _named_error(reply)
         return reply, data
 
+    def fileno(self) -> int:
+        """The socket, for select; -1 once the connection is closed or lost."""
+        return self._sock.fileno()
+
+    def ask(self, op: str, **fields: Any) -> None:
+        """Send a request whose reply comes when there is something to say (`watch`); see `answer`."""
+        try:
+            wire.send(self._sock, {"op": op, **fields})
+        except OSError as error:
+            self.close()
+            raise errors.GuardError(f"lost the guard during '{op}': {error}; run the command again") from None
+
+    def answer(self) -> dict[str, Any]:
+        """The reply to `ask`, once the socket is readable; GuardError when the guard is gone."""
+        try:
+            return wire.receive(self._sock)[0]
+        except (OSError, wire.WireError) as error:
+            self.close()
+            raise errors.GuardError(f"lost the guard: {error}; run the command again") from None
+
     def close(self) -> None:
         """Close the connection; the guard drops the scan lock it may have held."""
         self._sock.close()

@@ -227,6 +227,14 @@ def parse_stat(data: bytes) -> Stat:
     )
 
 
+def memory_size(pid: int) -> int:
+    """Pages that process `pid` has mapped in all (/proc/PID/statm); TargetGone also once it is a zombie."""
+    size = int(_read(pid, "statm").split()[0])
+    if not size:
+        raise TargetGone(f"process {pid} has exited")
+    return size
+
+
 def user(pid: int) -> int:
     """Real user id of process `pid`."""
     return int(status(pid)["Uid"].split()[0])

@@ -41,6 +41,16 @@ def intersect(starts: U64, ends: U64, low: U64, high: U64) -> tuple[U64, U64]:
     return np.maximum(starts[of], low[region]), np.minimum(ends[of], high[region])
 
 
+def subtract(starts: U64, ends: U64, low: U64, high: U64) -> tuple[U64, U64]:
+    """The parts of the stretches [starts, ends) that lie in no stretch [low, high)."""
+    if not len(low) or not len(starts):
+        return starts, ends
+    last = np.uint64(2**64 - 1)
+    first, end = intersect(starts, ends, np.append(np.uint64(0), high), np.append(low, last))
+    some = first < end
+    return first[some], end[some]
+
+
 def inside(pages: U64, starts: U64, ends: U64) -> NDArray[np.bool_]:
     """For each page address whether it lies in one of the stretches [starts, ends)."""
     at = np.searchsorted(starts, pages, "right") - 1

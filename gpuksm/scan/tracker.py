@@ -229,6 +229,29 @@ class Tracker:
         written = pagemap.PAGE_IS_WRITTEN | PRESENT_MASK
         self.volatile = count_pages(*self.map.select(written, PRESENT_INVERTED))
 
+    def drop(self, low: U64, high: U64) -> None:
+        """Forget the pages in the stretches [low, high) altogether: they were written."""
+        if len(low) and len(self.columns.address):
+            self._keep(~inside(self.columns.address, low, high))
+
+    def prune(self) -> None:
+        """Forget the pages that are not calm any more; TargetGone."""
+        keep = np.zeros(len(self.columns.address), np.bool_)
+        keep[self.still_calm(np.arange(len(keep)))] = True
+        self._keep(keep)
+
+    def look_at(self, low: U64, high: U64) -> None:
+        """Add the pages in the stretches [low, high) that are calm now, without a digest; TargetGone."""
+        found = self.map.select(CALM_MASK, CALM_INVERTED, int(low[0]), int(high[-1]))
+        address = pages_of(*intersect(*found, low, high))
+        address = address[self.map.exclusive(address)]
+        if len(address):
+            self.columns = carry_over(self.columns, np.union1d(self.columns.address, address))
+
+    def _keep(self, keep: NDArray[np.bool_]) -> None:
+        address, digest, kind, known = self.columns
+        self.columns = Columns(address[keep], digest[keep], kind[keep], known[keep])
+
     def wanted(self) -> NDArray[np.int64]:
         """Indices into `columns` of the pages that have no digest."""
         return np.flatnonzero(~self.columns.known)

@@ -59,11 +59,11 @@ def merged_pages(pid: int, start: int = 0, end: int = 1 << 63) -> int:
 
 
 def private_pages(pid: int, start: int, end: int) -> int:
-    """Pages of [start, end) of which `pid` has a copy of its own: anonymous, present or swapped out."""
+    """Pages of [start, end) of which `pid` has a copy of its own in memory: present and anonymous."""
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
         file.seek(start // 4096 * 8)
         entries = struct.unpack(f"<{(end - start) // 4096}Q", file.read((end - start) // 4096 * 8))
-    return sum(entry >> 62 != 0 and not entry >> 61 & 1 for entry in entries)
+    return sum(entry >> 61 & 0b101 == 0b100 for entry in entries)
 
 
 def rollup(pid: int) -> dict[str, int]:
