@@ -12,7 +12,7 @@ import os
 import pwd
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -50,19 +50,58 @@ class Selection:
         return not (self.pids or self.trees or self.has_pattern or self.registered)
 
 
-def resolve(selection: Selection) -> list[TargetRequest]:
+class Finder:
+    """The targets of `selection` again and again, as processes come and go.
+
+    The first call raises what `resolve` does for processes that were named.  Later
+    ones never do: those that have exited are left out, and a pid that was given to
+    another process meanwhile is not taken for the one that was named.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self._named: dict[int, int] | None = None  # pid: start time
+
+    def __call__(self) -> list[TargetRequest]:
+        chosen = self._selection
+        try:
+            if self._named is None:
+                found = resolve(chosen)
+                self._named = {pid: _start_time(pid) for pid in (*chosen.pids, *chosen.trees)}
+                return found
+            alive = {pid for pid, start_time in self._named.items() if start_time == _start_time(pid) != 0}
+            left = replace(
+                chosen,
+                pids=tuple(pid for pid in chosen.pids if pid in alive),
+                trees=tuple(pid for pid in chosen.trees if pid in alive),
+            )
+            return [] if left.empty and not chosen.empty else resolve(left, strict=False)
+        except errors.NoTargets:
+            self._named = self._named or {}
+            return []
+
+
+def _start_time(pid: int) -> int:
+    """When process `pid` started, in clock ticks since boot; 0 when there is none."""
+    try:
+        return procfs.stat(pid).start_time
+    except (errors.TargetGone, errors.NotPermitted):
+        return 0
+
+
+def resolve(selection: Selection, *, strict: bool = True) -> list[TargetRequest]:
     """The targets of `selection`, each process once, in the order given.
 
     Asks the guard what is registered where that is wanted, and never starts
     one.  Raises UsageError, NoSuchProcess, NotPermitted, Unsupported (named
-    processes), NoTargets, GuardError.
+    processes, if `strict`), NoTargets, GuardError.
     """
     from gpuksm.scan import TargetRequest
 
-    for pid in selection.pids:
+    for pid in (*selection.pids, *selection.trees) if strict else ():
         check_named(pid)
     found: dict[int, TargetRequest] = {}
-    for pid in (*selection.pids, *_trees(selection.trees)):
+    for pid in (*selection.pids, *_trees(selection.trees, strict=strict)):
         found.setdefault(pid, TargetRequest(pid=pid, named=True))
     if selection.registered or selection.empty:
         registered = _registered()
@@ -95,14 +134,15 @@ def check_named(pid: int) -> None:
         raise reason
 
 
-def _trees(roots: tuple[int, ...]) -> list[int]:
+def _trees(roots: tuple[int, ...], *, strict: bool) -> list[int]:
     pids: list[int] = []
     for root in roots:
-        check_named(root)
         try:
             children = psutil.Process(root).children(recursive=True)
         except psutil.NoSuchProcess:
-            raise errors.NoSuchProcess(f"process {root} has just exited") from None
+            if strict:
+                raise errors.NoSuchProcess(f"process {root} has just exited") from None
+            continue
         pids.append(root)
         pids += [child.pid for child in children if _can_be_target(child)]
     return pids

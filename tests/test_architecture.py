@@ -24,9 +24,10 @@ STDLIB = frozenset(sys.stdlib_module_names)
 RULES: list[tuple[str, set[str], set[str]]] = [
     ("gpuksm.errors", set(), set()),
     ("gpuksm.wire", set(), set()),
+    ("gpuksm.knobs", {"errors"}, set()),
     ("gpuksm.linux", {"errors", "linux"}, set()),
     ("gpuksm.eligibility", {"linux", "errors"}, set()),
-    ("gpuksm.guard", {"", "guard", "linux", "wire", "eligibility", "errors"}, set()),
+    ("gpuksm.guard", {"", "guard", "knobs", "linux", "wire", "eligibility", "errors"}, set()),
     ("gpuksm.client", {"", "wire", "errors", "linux"}, set()),
     ("gpuksm.api", {"", "client", "errors", "linux"}, set()),
     ("gpuksm.targets", {"", "client", "eligibility", "errors", "linux", "scan"}, {"psutil"}),
@@ -37,10 +38,10 @@ RULES: list[tuple[str, set[str], set[str]]] = [
     ),
     (
         "gpuksm.scan",
-        {"", "scan", "linux", "hashing", "client", "wire", "eligibility", "errors"},
+        {"", "scan", "linux", "hashing", "knobs", "client", "wire", "eligibility", "errors"},
         {"numpy", "numba"},
     ),
-    ("gpuksm.report", {"", "report", "errors"}, {"rich"}),
+    ("gpuksm.report", {"", "report", "knobs", "errors"}, {"rich"}),
     (
         "gpuksm.cli",
         {
@@ -51,6 +52,7 @@ RULES: list[tuple[str, set[str], set[str]]] = [
             "eligibility",
             "errors",
             "hashing",
+            "knobs",
             "linux",
             "report",
             "scan",

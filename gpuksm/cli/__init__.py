@@ -26,12 +26,15 @@ EXIT_BROKEN_PIPE = 141
 # verb: one line of help.  The command is `command` in gpuksm/cli/<verb>.py.
 VERBS = {
     "scan": "Merge equal pages of processes.",
+    "daemon": "Merge equal pages again and again, as they come up.",
+    "ctl": "Read and set what the running daemon goes by.",
     "estimate": "Say what a scan would save, without changing anything.",
     "unmerge": "Give merged pages back as private memory.",
     "exec": "Run a command, registered from its start.",
     "register": "Register processes, so that a plain `gpuksm scan` takes them.",
     "unregister": "Take a registration back.",
     "status": "Show what is registered and merged.",
+    "metrics": "Print counters for Prometheus.",
     "doctor": "Say what works here, and what keeps a process out.",
 }
 

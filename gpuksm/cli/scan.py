@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpuksm.cli import _options, _output, estimate
+from gpuksm.cli import _options, _output, _scanning, estimate
 from gpuksm.targets import Selection
 
 if TYPE_CHECKING:
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @_options.targets
-@click.option(
-    "--batch",
-    type=_options.Count(1, _options.MAX_BATCH_PAGES),
-    default=65536,
-    show_default=True,
-    metavar="PAGES",
-    help="Pages that are read, hashed and sorted together.",
-)
+@_scanning.batch
 @click.option(
     "--passes",
     type=_options.Count(1, 1000),
@@ -39,39 +32,9 @@ if TYPE_CHECKING:
     metavar="TIME",
     help="Time between two rounds, in which a page must not be written.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "cuda", "cpu", "opencl"]),
-    default="auto",
-    show_default=True,
-    help="Where pages are hashed; the results are the same.",
-)
-@click.option(
-    "--device",
-    metavar="NAME",
-    help="GPUs: 0 or 0,1 or a PCI address, idle, all; part of a name for opencl. Default: an idle one.",
-)
-@click.option(
-    "--gpu-memory",
-    type=_options.Size(),
-    metavar="SIZE",
-    help="Most memory to take on each GPU, such as 512M; default: half of what is free.",
-)
-@click.option(
-    "--threads",
-    type=_options.Count(0, 1024),
-    default=0,
-    metavar="N",
-    help="Reader and CPU hashing threads; 0, the default, takes what the machine has.",
-)
-@_options.max_pause
+@_scanning.hashing
 @click.option("--dry-run", is_flag=True, help="Only say what would be merged, like `gpuksm estimate`.")
-@click.option("--allow-seccomp", is_flag=True, help="Also processes with seccomp filters.")
-@click.option(
-    "--allow-direct-io",
-    is_flag=True,
-    help="Also processes whose memory a device may write to (O_DIRECT, io_uring, RDMA, GPUs).",
-)
+@_scanning.allowed
 @_options.json_flag
 def command(
     selection: Selection,

@@ -16,10 +16,11 @@ def command(as_json: bool) -> None:
     """Show what is registered and merged now, and the pauses so far."""
     from gpuksm.report import text
 
-    _output.show(_status(), text.status, as_json)
+    _output.show(found(), text.status, as_json)
 
 
-def _status() -> dict[str, Any]:
+def found() -> dict[str, Any]:
+    """What `gpuksm status --json` prints."""
     guard = GuardClient.find()
     if guard is None:
         return {"running": False}

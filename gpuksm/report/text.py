@@ -81,9 +81,27 @@ def status(found: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [Text(f"store: {slots:,} pages, {stored} in use"), registered]
     if found["targets"]:
         parts.insert(0, table)
+    if found.get("daemon") is not None:
+        parts.append(_daemon(found["daemon"]))
     if found["pauses_us"]:
         parts.append(pauses(found["pauses_us"]))
     return Group(*parts)
+
+
+def _daemon(numbers: Mapping[str, int]) -> RenderableType:
+    """What the running daemon has done."""
+    states = {0: "paused", 1: "running", 2: "everything unmerged, and paused"}
+    rounds = f"{numbers['full_scans']:,} rounds, {numbers['plans']:,} planned"
+    return _pairs(
+        ("daemon", f"{states[numbers['run']]}; {rounds}"),
+        ("next round after", f"{numbers['interval_millisecs'] / 1000:g} s"),
+        ("CPU time of the daemon", f"{numbers['cpu_millisecs'] / 1000:.2f} s"),
+        ("scanned in all", _pages(numbers["pages_scanned"])),
+        ("merged in all", _pages(numbers["pages_merged"])),
+        ("different", _pages(numbers["pages_unshared"])),
+        ("volatile", _pages(numbers["pages_volatile"])),
+        ("saved now", f"{size(numbers['general_profit'])}, costs subtracted"),
+    )
 
 
 def doctor(found: Mapping[str, Any]) -> RenderableType:

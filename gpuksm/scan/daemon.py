@@ -71,30 +71,31 @@ class Daemon:
     _carried: dict[str, int] = field(default_factory=dict)  # counters of earlier sessions
     _used_before: float = 0.0  # CPU seconds when the round (and its sleep) began
     _began: float = 0.0
+    _opened: bool = False
 
     def run(self) -> None:
         """Rounds until stopped.  GuardError at the start: another scanner runs."""
         self.values = dict(self.setup.values)
-        first = True
         with contextlib.suppress(Stopped):
             while True:
                 with GuardClient.connect(start=True) as client, GuardClient.connect(start=False) as watcher:
                     try:
                         self._serve(client, watcher)
                     except GuardError as error:
-                        # A guard that refuses (another scanner has the lock) ends us; one that died does not.
-                        if client.fileno() >= 0 and watcher.fileno() >= 0:
+                        # Another scanner that has the lock ends us; what goes wrong later does not.
+                        if not self._opened:
                             raise
-                        self.say(str(error) if first else "lost the guard; starting again with its successor")
-                first = False
+                        self.say(f"{error.args[0].removesuffix('; run the command again')}; starting over")
                 self._pause(_RECONNECT_SECONDS)
 
     # -- one connection ------------------------------------------------------------
 
     def _serve(self, client: GuardClient, watcher: GuardClient) -> None:
         session = Session(client, self.setup.options, self)
+        self._opened = False
         try:
             session.open()
+            self._opened = True
             self._guard_pid = session.guard_pid
             self._serial = -1
             self._find_at = 0.0

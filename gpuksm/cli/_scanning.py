@@ -1,0 +1,71 @@
+"""Options of the verbs that scan: how pages are read, hashed and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from gpuksm.cli import _options
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_BEFORE = (
+    click.option(
+        "--batch",
+        type=_options.Count(1, _options.MAX_BATCH_PAGES),
+        default=65536,
+        show_default=True,
+        metavar="PAGES",
+        help="Pages that are read, hashed and sorted together.",
+    ),
+)
+_AFTER = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "cuda", "cpu", "opencl"]),
+        default="auto",
+        show_default=True,
+        help="Where pages are hashed; the results are the same.",
+    ),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="GPUs: 0 or 0,1 or a PCI address, idle, all; part of a name for opencl. Default: an idle one.",
+    ),
+    click.option(
+        "--gpu-memory",
+        type=_options.Size(),
+        metavar="SIZE",
+        help="Most memory to take on each GPU, such as 512M; default: half of what is free.",
+    ),
+    click.option(
+        "--threads",
+        type=_options.Count(0, 1024),
+        default=0,
+        metavar="N",
+        help="Reader and CPU hashing threads; 0, the default, takes what the machine has.",
+    ),
+    _options.max_pause,
+)
+_ALLOWED = (
+    click.option("--allow-seccomp", is_flag=True, help="Also processes with seccomp filters."),
+    click.option(
+        "--allow-direct-io",
+        is_flag=True,
+        help="Also processes whose memory a device may write to (O_DIRECT, io_uring, RDMA, GPUs).",
+    ),
+)
+
+
+def _adds(decorators: tuple[Callable[[Any], Any], ...]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+batch, hashing, allowed = _adds(_BEFORE), _adds(_AFTER), _adds(_ALLOWED)
