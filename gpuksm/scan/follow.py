@@ -22,7 +22,7 @@ from gpuksm.scan.tracker import Tracker
 from gpuksm.scan.types import TargetRequest
 
 PIECE_SHIFT = 23  # 8 MiB
-_MAX_LEVEL = 7  # at most 64 rounds are skipped
+_MAX_LEVEL = 7  # at most 32 rounds are skipped
 # Reading a target's map again may take this share of the time at most.
 _REFRESH_SHARE = 0.05
 
