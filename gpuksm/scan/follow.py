@@ -2,8 +2,8 @@
 
 Arming tells what was written since the last round.  What had been written before
 and is not in that list was calm for a whole round: only that is looked up, read
-and hashed.  Memory is watched in pieces of a fixed size; one that was written in
-several visits in a row is visited less and less often (smart scan), since arming
+and hashed.  Memory is watched in pieces of a fixed size; one of which much was
+written in several visits in a row is visited less and less often (smart scan), since arming
 it makes each of its pages cost its writer a fault.
 """
 
@@ -22,6 +22,8 @@ from gpuksm.scan.tracker import Tracker
 from gpuksm.scan.types import TargetRequest
 
 PIECE_SHIFT = 23  # 8 MiB
+# Fewer written pages cost too little to look at that their neighbours should wait for it.
+_BUSY_PAGES = 64
 _MAX_LEVEL = 7  # at most 32 rounds are skipped
 # Reading a target's map again may take this share of the time at most.
 _REFRESH_SHARE = 0.05
@@ -32,9 +34,9 @@ def no_stretches() -> tuple[U64, U64]:
 
 
 class Pieces:
-    """Pieces of memory by number (address >> PIECE_SHIFT): how often they were written in a row.
+    """Pieces of memory by number (address >> PIECE_SHIFT): how often they were busy in a row.
 
-    `number` u8 ascending; `level` how many visits in a row found writes; `due` the
+    `number` u8 ascending; `level` how many visits in a row found many pages written; `due` the
     round of the next visit; `written` pages found written at the last.
     """
 
@@ -84,9 +86,9 @@ class Pieces:
             sizes = ((parts_high - parts_low) // PAGE_BYTES).astype(np.int64)
             pages = np.bincount(of, sizes, len(self.number)).astype(np.int64)
         self.written[chosen] = pages[chosen]
-        level = np.where(pages > 0, np.minimum(self.level + 1, _MAX_LEVEL), 0)
+        level = np.where(pages >= _BUSY_PAGES, np.minimum(self.level + 1, _MAX_LEVEL), 0)
         self.level[chosen] = level[chosen]
-        # Written twice in a row: 1 round is skipped, then 2, 4, 8...
+        # Busy twice in a row: 1 round is skipped, then 2, 4, 8...
         skip = np.where(level > 1, np.int64(1) << np.maximum(level - 2, 0), 0)
         self.due[chosen] = (round_number + 1 + skip)[chosen]
 

@@ -28,6 +28,7 @@ def test_stretches_behave_like_sets(some, others):
     mine, theirs = stretches(some), stretches(others)
     assert as_pages(*mine) == some
     assert columns.count_pages(*mine) == len(some)
+    assert as_pages(*columns.subtract(*mine, *theirs)) == sorted(set(some) - set(others))
     assert as_pages(*columns.intersect(*mine, *theirs)) == sorted(set(some) & set(others))
     found = columns.inside(np.array(some, np.uint64) * 4096, *theirs)
     assert [page for page, inside in zip(some, found, strict=True) if inside] == sorted(
