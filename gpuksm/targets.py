@@ -79,6 +79,10 @@ class Finder:
         except errors.NoTargets:
             self._named = self._named or {}
             return []
+        except errors.UsageError:
+            if self._named is None:
+                raise
+            return []  # a control group that is gone for now
 
 
 def _start_time(pid: int) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from gpuksm import errors, targets
 from gpuksm.linux import procfs
-from gpuksm.targets import Selection, resolve
+from gpuksm.targets import Finder, Selection, resolve
 from tests.wire_server import listening
 
 NOBODY = 65534
@@ -183,3 +183,33 @@ def test_what_is_registered_is_the_default(folder: Path, started: Any) -> None:
             None,
             None,
         ]
+
+
+def test_a_finder_follows_processes_as_they_come_and_go(
+    started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = started(), started()
+    find = Finder(Selection(pids=(first.pid, second.pid)))
+    assert [request.pid for request in find()] == [first.pid, second.pid]
+    first.kill()
+    first.wait()
+    assert [request.pid for request in find()] == [second.pid]
+    # Another process with the pid of one that was named is not that one.
+    monkeypatch.setattr(targets, "_start_time", lambda pid: 1)
+    assert find() == []
+
+
+def test_a_finder_says_at_first_what_is_wrong_and_then_waits(started: Any, folder: Path) -> None:
+    with pytest.raises(errors.NoSuchProcess):
+        Finder(Selection(pids=(2**31 - 1,)))()
+    with pytest.raises(errors.UsageError):
+        Finder(Selection(name="("))()
+    find = Finder(Selection())
+    assert find() == []
+    assert find() == []
+    parent = started(_PARENT)
+    find = Finder(Selection(trees=(parent.pid,)))
+    assert parent.pid in [request.pid for request in find()]
+    parent.kill()
+    parent.wait()
+    assert find() == []

@@ -62,6 +62,7 @@ class Outcome:
 
     merged: dict[int, int] = field(default_factory=dict)
     mapped_pages: int = 0
+    remerged_pages: int = 0  # of those: what had been merged, to other slots or these, before
     zero_pages: int = 0
     runs: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -283,6 +284,7 @@ class Committer:
                     self.outcome.skip("madvise-failed", piece.pages)
             elif results[index] == piece.addr and results[index + 1] == 0:
                 self.outcome.done(piece, piece.pages)
+                self.outcome.remerged_pages += piece.pages if before[piece.addr] else 0
             else:
                 self._cure(target, piece, prot, before[piece.addr])
 

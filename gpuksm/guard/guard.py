@@ -34,8 +34,6 @@ from gpuksm.guard.tether import Tether
 from gpuksm.linux import census, procfs
 from gpuksm.linux._libc import PAGE_SIZE
 
-_RECLAIM_SECONDS = 1.0
-
 
 class Guard:
     """Targets, store and ledger of one security domain."""
@@ -56,7 +54,8 @@ class Guard:
         self.privileged = _has_sys_ptrace()
         self.tether = Tether(self)
         self._next_target = 1
-        self._reclaim_due = 0.0
+        self.reclaimer = reclaim.Reclaimer(store)
+        self._remerged = 0  # pages that were mapped over merged ones
         self._serving = False
 
     # -- targets -----------------------------------------------------------------
@@ -176,7 +175,7 @@ class Guard:
         self.journal.append(journal.GONE, target.id)
         self.census.forget(target.pid)
         if target.runs.pages:
-            self._reclaim_due = time.monotonic()
+            self.reclaimer.soon()
 
     # -- freezing ------------------------------------------------------------------
 
@@ -296,7 +295,9 @@ class Guard:
         self, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int
     ) -> plan.Result:
         """Fill, verify and commit a plan; see plan.py."""
-        return plan.execute(self, extents, records, payload, max_pause_us)
+        result = plan.execute(self, extents, records, payload, max_pause_us)
+        self._remerged += result.outcome.remerged_pages
+        return result
 
     def unmerge(self, pids: list[int] | None, max_pause_us: int) -> tuple[int, list[int], dict[str, str]]:
         """Unmerge targets (None: all), in steps; (pages, pauses, {pid: why not})."""
@@ -330,7 +331,7 @@ class Guard:
                 failed[str(target.pid)] = str(error)
                 continue
             self.drop(target)
-        self._reclaim_due = time.monotonic()
+        self.reclaimer.soon()
         self.tick()
         return pages, pauses, failed
 
@@ -377,10 +378,7 @@ class Guard:
             elif _only_agent_left(target):
                 self.drop(target)  # the agent ends and with it the process (hazard 22)
         children.adopt_orphans(self)
-        if self._reclaim_due and time.monotonic() >= self._reclaim_due:
-            self._reclaim_due = 0.0
-            if reclaim.reclaim(self.store, self.store_born) is None:
-                self._reclaim_due = time.monotonic() + _RECLAIM_SECONDS
+        self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()))
 
     @property
     def busy(self) -> bool:

@@ -7,11 +7,39 @@ can be seen maps it and no process that could map it is hidden from us.
 from __future__ import annotations
 
 import os
+import time
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard.store import Store
 from gpuksm.linux import procfs
 from gpuksm.linux._libc import PAGE_SIZE
+
+_AGAIN_SECONDS = 1.0
+# Reading the maps of all processes takes a while: no more often, as long as nobody has ended.
+_EVERY_SECONDS = 60.0
+
+
+class Reclaimer:
+    """Frees slots soon after a target is gone, and some time after targets have dropped merged pages."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._due: float | None = None
+        self._last = time.monotonic()
+        self._known = 0
+
+    def soon(self) -> None:
+        """A target is gone, or was unmerged."""
+        self._due = time.monotonic()
+
+    def tick(self, born: int, happened: int) -> None:
+        """Reclaim when it is due; `happened` counts what may have freed slots besides."""
+        now = time.monotonic()
+        if self._due is None and happened != self._known and now >= self._last + _EVERY_SECONDS:
+            self._due = now
+        if self._due is not None and now >= self._due:
+            self._last, self._known = now, happened
+            self._due = now + _AGAIN_SECONDS if reclaim(self._store, born) is None else None
 
 
 def reclaim(store: Store, born: int) -> int | None:

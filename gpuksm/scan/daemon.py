@@ -96,6 +96,7 @@ class Daemon:
         try:
             session.open()
             self._opened = True
+            session.set_batch(self.values["pages_to_scan"])
             self._guard_pid = session.guard_pid
             self._serial = -1
             self._find_at = 0.0

@@ -185,6 +185,7 @@ class Session:
         follower.armed(self.rounds, np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64))
         if follower.visits > 1 and (self.rounds + follower.target.ident) % _LOOK_ROUNDS == 0:
             follower.tracker.look()
+            follower.tracker.drop(*follower.pending)  # armed a moment ago: not known to be calm
 
     def _digest(self, new: list[Follower], use_zero_pages: bool) -> tuple[int, U64]:
         """Hash the pages of `new` that have no digest: (pages read, digests, 0 for pages of zeros)."""

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
+from gpuksm import knobs
 from gpuksm.report import json, text
 from tests.report.samples import sample_scan
 
@@ -83,6 +84,11 @@ def test_status_without_and_with_a_guard() -> None:
     shown = rendered(text.status({**found, "registered": [{"pid": 5, "ranges": [[0, 8192]]}]}))
     assert "2.0 MiB" in shown
     assert "registered: 5 (8.0 KiB)" in shown
+    assert "daemon" not in shown
+    numbers = dict.fromkeys(knobs.TABLE, 7) | {"run": 0, "general_profit": 3 << 20}
+    shown = rendered(text.status({**found, "registered": [], "daemon": numbers}))
+    assert "paused; 7 rounds, 7 planned" in shown
+    assert "3.0 MiB, costs subtracted" in shown
 
 
 def test_names_chosen_by_processes_are_only_text() -> None:

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from gpuksm import wire
+from tests.safety.test_wrong_plans import Scanner
 from tests.support import processes
 from tests.support.merging import scan_until_merged
 from tests.support.victims import Victim
@@ -77,3 +79,80 @@ def test_a_writer_in_merged_memory_loses_nothing(world: World) -> None:
         assert scan.wait(60) == 0
         for victim in victims:
             victim.verify()
+
+
+def test_a_run_that_ends_inside_its_extent(world: World) -> None:
+    victims = [world.victim("regions", PAGES, 64, seed, "straight") for seed in (1, 2)]
+    shorter = world.victim("regions", PAGES // 2, 64, 3, "straight")
+    scan_until_merged(world, [*victims, shorter], ["shared"])
+    for salt in range(3):
+        shorter.ask(f"write 30 {salt}")
+        shorter.ask("rewrite")
+        result = world.scan(*victims, shorter)
+        assert _private_pages(shorter) <= 4, result
+        for victim in (*victims, shorter):
+            victim.verify()
+    world.unmerge()
+    for victim in (*victims, shorter):
+        victim.verify()
+
+
+_ZEROING = """
+import mmap, sys
+size = 400 * 4096
+area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[:] = bytes(range(1, 251)) * (size // 250) + bytes(1) * (size % 250)
+import ctypes
+at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+expected = bytearray(area)
+print("READY shared=%#x:400" % at, flush=True)
+for line in sys.stdin:
+    if line == "quit\\n":
+        break
+    if line == "zero\\n":
+        for page in range(7, 380, 5):
+            area[page * 4096 : (page + 1) * 4096] = expected[page * 4096 : (page + 1) * 4096] = bytes(4096)
+    print("OK" if area[:] == expected else "CORRUPT area", flush=True)
+"""
+
+
+def test_zeros_in_merged_memory_are_left_alone(world: World) -> None:
+    victims = [world.python(_ZEROING) for _ in range(2)]
+    scan_until_merged(world, victims, ["shared"])
+    for victim in victims:
+        victim.ask("zero")
+    result = world.scan(*victims)
+    assert result["skipped"]["zeros-in-merged"] >= 2 * 75
+    for victim in victims:
+        victim.verify()
+    world.unmerge()
+    for victim in victims:
+        victim.verify()
+
+
+def test_the_guard_compares_what_is_merged_again(world: World) -> None:
+    """A scanner that maps written pages back to the slots they came from, whatever they hold now."""
+    victims = [world.victim("regions", 64, 4, seed, "straight") for seed in (1, 2)]
+    scan_until_merged(world, victims, ["shared"])
+    start, _ = victims[0].area("shared")
+    with open(f"/proc/{victims[0].pid}/maps") as file:
+        line = next(line for line in file if line.startswith(f"{start:x}-"))
+    slot = int(line.split()[2], 16) // 4096
+    victims[0].ask("write 50 3")
+    private = _private_pages(victims[0])
+    scanner = Scanner(world, victims)
+    target = scanner.targets[0]
+    try:
+        plan = [
+            (wire.OP_MAP, 0, 0, target, start + 4096 * page, 1, 0, slot + page, 0, 0) for page in range(64)
+        ]
+        reply = scanner.commit([], plan)
+        assert reply["skipped"]["differs"] == private
+        assert reply["mapped_pages"] == 0
+        plan = [(wire.OP_ZERO, 0, 0, target, start, 64, 0, 0, 0, 0)]
+        assert scanner.commit([], plan)["zero_pages"] == 0
+    finally:
+        scanner.close()
+    for victim in victims:
+        victim.verify()
+    assert _private_pages(victims[0]) == private

@@ -95,3 +95,27 @@ def test_failed_at(world: World, point: str, error: str) -> None:
     for victim in victims:
         assert processes.store_mappings(victim.pid) == []
     _look(victims)
+
+
+@pytest.mark.parametrize("turn", [2, 4, 6, 9])
+@pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit-")])
+def test_killed_while_merging_again(world: World, point: str, turn: int) -> None:
+    """Also while pages are replaced that were merged before, and written since."""
+    victims = [world.victim("regions", 1500, 64, seed, "straight") for seed in (1, 2)]
+    pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:{turn}"
+    for salt in range(3):
+        world.gpuksm("scan", *pids)
+        _look(victims)
+        for victim in victims:
+            victim.ask(f"write 40 {salt}")
+        victims[salt % 2].ask("rewrite")
+    del world.extra_env["GPUKSM_FAULT"]
+    world.check_nothing_stopped()
+    for victim in victims:
+        victim.ask("rewrite")
+    world.gpuksm("scan", *pids)
+    _look(victims)
+    assert all(processes.private_pages(victim.pid, *victim.area("shared")) <= 2 for victim in victims)
+    world.unmerge()
+    _look(victims)
