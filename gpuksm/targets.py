@@ -86,9 +86,10 @@ class Finder:
 
 
 def _start_time(pid: int) -> int:
-    """When process `pid` started, in clock ticks since boot; 0 when there is none."""
+    """When process `pid` started, in clock ticks since boot; 0 when there is none, or only its remains."""
     try:
-        return procfs.stat(pid).start_time
+        stat = procfs.stat(pid)
+        return 0 if stat.state in "ZX" else stat.start_time
     except (errors.TargetGone, errors.NotPermitted):
         return 0
 
