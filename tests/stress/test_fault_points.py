@@ -112,6 +112,8 @@ def test_killed_while_merging_again(world: World, point: str, turn: int) -> None
         victims[salt % 2].ask("rewrite")
     del world.extra_env["GPUKSM_FAULT"]
     world.check_nothing_stopped()
+    world.shut_down()  # successors inherit the fault
+    _look(victims)
     for victim in victims:
         victim.ask("rewrite")
     world.gpuksm("scan", *pids)
