@@ -195,7 +195,9 @@ def command(
     from gpuksm.scan.daemon import Daemon, Setup
 
     finder = Finder(selection)
-    finder()  # whatever is wrong with what was named is an error now, and never later
+    # Whatever is wrong with what was named is an error now, and never later.
+    if not finder():
+        _output.note("no process matches or is registered yet; waiting for one")
     setup = Setup(
         finder,
         ScanOptions(
