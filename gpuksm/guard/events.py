@@ -168,8 +168,8 @@ def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
     at = run.start
     while at < run.end:
         vma = procfs.query_vma(target.maps, at)
-        stop = run.end if vma is None else min(run.end, vma.end if vma.start <= at else vma.start)
-        if vma is None or vma.start > at or vma.inode != host.store.inode:
+        stop = min(run.end, _next_change(vma, at))
+        if not _maps(host, vma, at, run.slot + (at - run.start) // PAGE_SIZE):
             yield at, stop
         at = stop
 
@@ -230,13 +230,58 @@ def _moved(
     new = fixed if flags & _MREMAP_FIXED else _find_moved(host, target, moved[0], old)
     if new is None:
         return
+    keeps = bool(flags & _MREMAP_DONTUNMAP)
     if new != old:
-        _follow(host, target, moved, old, old_end, new, min(_round_up(old_size), _round_up(new_size)))
-        if flags & _MREMAP_DONTUNMAP:
-            forget_store(host, target, old, old_end)
+        kept = min(_round_up(old_size), _round_up(new_size))
+        arrived = list(_arrived(host, target, moved, old, old + kept, new - old, keeps))
+        _follow(host, target, arrived, new - old)
+        if keeps:
+            for piece in arrived:
+                forget_store(host, target, piece.start, piece.end)
+        if not arrived or arrived[-1].end != old_end:
+            return
     tail, tail_end = new + _round_up(old_size), new + _round_up(new_size)
     if tail < tail_end:
         forget_store(host, target, tail, tail_end)
+
+
+def _arrived(
+    host: Host, target: Target, moved: list[Run], old: int, kept_end: int, delta: int, keeps: bool
+) -> Iterator[Run]:
+    """The parts of `moved`, by their old addresses, that are `delta` further on now.
+
+    A call over several VMAs may fail after some have moved.  MREMAP_DONTUNMAP leaves
+    them where they were too; of watched memory it moves none but the first.
+    """
+    first = procfs.query_vma(target.maps, old) if keeps else None
+    for run in moved:
+        at, end = run.start, min(run.end, kept_end)
+        while at < end:
+            slot = run.slot + (at - run.start) // PAGE_SIZE
+            there = procfs.query_vma(target.maps, at + delta)
+            here = procfs.query_vma(target.maps, at)
+            stop = min(end, *(_next_change(vma, x) - x + at for vma, x in ((there, at + delta), (here, at))))
+            left = not _maps(host, here, at, slot)
+            if keeps:
+                left = first is not None and first.start <= at < first.end
+                stop = min(stop, first.end) if left and first is not None else stop
+            if left and _maps(host, there, at + delta, slot):
+                yield run.cut(at, stop)
+            at = stop
+
+
+def _maps(host: Host, vma: procfs.VmaQuery | None, at: int, slot: int) -> bool:
+    """Whether `vma`, the first that ends behind `at`, maps `slot` of the store there."""
+    if vma is None or vma.start > at or vma.inode != host.store.inode:
+        return False
+    return vma.offset + at - vma.start == slot * PAGE_SIZE
+
+
+def _next_change(vma: procfs.VmaQuery | None, at: int) -> int:
+    """Where something else begins behind `at`, `vma` being the first that ends behind it."""
+    if vma is None:
+        return 1 << 63
+    return vma.end if vma.start <= at else vma.start
 
 
 def _round_up(size: int) -> int:
@@ -255,23 +300,20 @@ def _find_moved(host: Host, target: Target, first: Run, old: int) -> int | None:
     return None
 
 
-def _follow(
-    host: Host, target: Target, moved: list[Run], old: int, old_end: int, new: int, kept: int
-) -> None:
-    """Move runs and border pages from [old, old_end) to `new` in the ledger; `kept` bytes arrived."""
-    delta = new - old
-    arrived = [run.cut(run.start, old + kept) for run in moved if run.start < old + kept]
+def _follow(host: Host, target: Target, arrived: list[Run], delta: int) -> None:
+    """Move runs by `delta` in the ledger.  Border pages do not come along: ends are settled anew."""
+    if not arrived:
+        return
     there = [Run(run.start + delta, run.end + delta, run.slot) for run in arrived]
-    host.journal.append_runs(UNMAP, target.id, [(old, old_end, 0), (new, new + kept, 0)])
+    gone = [(run.start, run.end, 0) for run in (*arrived, *there)]
+    host.journal.append_runs(UNMAP, target.id, gone)
     host.journal.append_runs(MAP, target.id, [(run.start, run.end, run.slot) for run in there])
-    target.runs.remove(old, old_end)
-    target.runs.remove(new, new + kept)
+    for low, high, _ in gone:
+        target.runs.remove(low, high)
+        target.borders -= {page for page in target.borders if low <= page < high}
     for run in there:
         target.runs.add(run)
-    gone = {page for page in target.borders if old <= page < old_end}
-    target.borders -= gone
-    target.borders |= {page + delta for page in gone if page < old + kept}
-    target.tainted.append((new, new + kept))
+        target.tainted.append((run.start, run.end))
 
 
 def forget_store(host: Host, target: Target, start: int, end: int) -> None:
@@ -304,9 +346,7 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         zero(host, target, event.a, event.b)
     elif event.kind == uffd.EVENT_REMAP:
         old, new, size = event.a, event.b, event.c
-        moved = target.runs.overlapping(old, old + size)
-        if moved:
-            _follow(host, target, moved, old, old + size, new, size)
+        _follow(host, target, target.runs.overlapping(old, old + size), new - old)
         target.tainted.append((new, new + size))
         _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:
