@@ -162,6 +162,10 @@ class Committer:
 
     def _validated(self, target: Target, pieces: list[Piece]) -> list[tuple[Piece, int]]:
         """The parts of `pieces` that may be replaced now, each with its protection."""
+        if target.locked_kib() != target.known_locked_kib:
+            # What is locked must stay so, and which it is takes too long to ask in a freeze.
+            self.outcome.skip("locked", sum(piece.pages for piece in pieces))
+            return []
         calm = pagemap.scan(
             target.pagemap,
             pieces[0].addr,

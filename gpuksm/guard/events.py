@@ -176,7 +176,7 @@ def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
 
 def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
     """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
-    if advice == _DONTNEED_LOCKED or procfs.status(target.pid).get("VmLck", "0").split()[0] == "0":
+    if advice == _DONTNEED_LOCKED or not target.locked_kib():
         return end
     flags = procfs.smaps_flags(target.pid)
     for vma in procfs.maps(target.pid):
@@ -193,7 +193,7 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
     while pieces:
         table = Table()
         done: list[Run] = []
-        while pieces and table.room(3, 64):
+        while pieces and table.room(4, 64):
             piece = pieces.pop(0)
             vma = target.query(piece.start)
             if vma is not None and vma.inode == host.store.inode:
@@ -202,6 +202,8 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
                     pieces.insert(0, piece.cut(stop, piece.end))
                     piece = piece.cut(piece.start, stop)
                 target.add_map_zeros(table, piece.start, piece.end - piece.start, protection(vma))
+                if target.locked(vma.start):
+                    table.add(arch.current().NR.MLOCK, piece.start, piece.end - piece.start, linked=True)
                 if piece.start == start and _left_end_is_inside(host, target, start):
                     target.add_register(table, piece.start, PAGE_SIZE)
                     target.borders.add(piece.start)

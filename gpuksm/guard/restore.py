@@ -37,7 +37,7 @@ from gpuksm.guard.target import (
     Target,
     protection,
 )
-from gpuksm.linux import vm
+from gpuksm.linux import procfs, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
 
@@ -58,7 +58,8 @@ class RestoreFailed(Exception):
 def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool = False) -> None:
     """Make one merged piece (at most `_CHUNK_PAGES`) of a frozen target private again.
 
-    The target may have cut it into VMAs of different protection; each keeps its own.
+    The target may have cut it into VMAs of different protection; each keeps its own, and
+    its lock, unless the target could lock more than its limit allows (CAP_IPC_LOCK).
     With `border` its pages become border pages.  Raises RestoreFailed, TargetGone.
     """
     while piece.pages:
@@ -67,13 +68,13 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
             target.runs.remove(piece.start, piece.end)
             return
         stop = min(piece.end, vma.end)
-        _restore_part(target, journal, piece.cut(piece.start, stop), protection(vma), border)
+        _restore_part(target, journal, piece.cut(piece.start, stop), vma, border)
         piece = piece.cut(stop, piece.end)
 
 
-def _restore_part(target: Target, journal: Journal, piece: Run, prot: int, border: bool) -> None:
-    """Restore a piece that lies within one VMA."""
-    agent, nr = target.link.agent, arch.current().NR
+def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQuery, border: bool) -> None:
+    """Restore a piece that lies within `vma`."""
+    agent, nr, prot = target.link.agent, arch.current().NR, protection(vma)
     size = piece.end - piece.start
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     try:
@@ -87,6 +88,8 @@ def _restore_part(target: Target, journal: Journal, piece: Run, prot: int, borde
     table = Table()
     target.add_unregister(table, piece.start, size)
     moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, linked=True)
+    if target.locked(vma.start):
+        table.add(nr.MLOCK, piece.start, size, linked=True)
     if border:
         target.add_register(table, piece.start, size)
     result = agent.perform(table)[moved]

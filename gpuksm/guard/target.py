@@ -25,7 +25,8 @@ class Target:
     """A process with an agent in it.
 
     `regions`: [start, end) ranges whose writes are tracked; `spans`: ranges of merged
-    memory whose pages may be merged again once they were written.  `borders`: pages that
+    memory whose pages may be merged again once they were written.  Locked memory is in
+    neither; `known_locked_kib` is how much of it there was then.  `borders`: pages that
     are kept unmerged behind a run that ends inside an extent, watched like merged
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
@@ -42,6 +43,7 @@ class Target:
     maps: int
     regions: list[tuple[int, int]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
+    known_locked_kib: int = 0
     runs: Runs = field(default_factory=Runs)
     borders: set[int] = field(default_factory=set)
     placeholders: set[int] = field(default_factory=set)
@@ -140,6 +142,14 @@ class Target:
         self.add_register(table, start, length)
         return index
 
+    def locked_kib(self) -> int:
+        """How much memory of the process is locked (mlock) now, in KiB."""
+        return int(procfs.status(self.pid).get("VmLck", "0").split()[0])
+
+    def locked(self, start: int) -> bool:
+        """True when the VMA that begins at `start` is locked; cheap where nothing is."""
+        return bool(self.locked_kib()) and "lo" in procfs.smaps_flags(self.pid).get(start, ())
+
     def add_map_zeros(self, table: Table, start: int, length: int, prot: int) -> int:
         """Replace merged [start, start + length) by fresh anonymous memory."""
         self.add_unregister(table, start, length)
@@ -171,8 +181,24 @@ class Target:
                     continue  # unmapped meanwhile, or another userfaultfd's
                 tracked.append((low, high))
         self.regions = tracked
-        self.spans = self._merged_within(limits)
+        self.spans = self._unlocked(self._merged_within(limits))
         return tracked
+
+    def _unlocked(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """`ranges` (sorted, disjoint) without locked memory, of which there is `known_locked_kib` now."""
+        self.known_locked_kib = self.locked_kib()
+        if not self.known_locked_kib:
+            return ranges
+        left = []
+        locked = [entry.vma for entry in procfs.smaps(self.pid) if "lo" in entry.flags]
+        for start, end in ranges:
+            at = start
+            for vma in locked:
+                if vma.start < end and vma.end > at:
+                    left.append((at, vma.start))
+                    at = vma.end
+            left.append((at, end))
+        return [(low, high) for low, high in left if low < high]
 
     def _merged_within(self, limits: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """Stretches of adjacent runs, inside `limits` (sorted, disjoint) where given."""

@@ -183,6 +183,8 @@ class Driver:
             if name == "x":
                 puppet.waiting.append(("i", [0], True))
                 self.flush()
+            if name == "r" and a[3] & MAYMOVE and not a[3] & FIXED:
+                puppet.waiting.append(("g", [], True))  # all that was away has moved back by now
             puppet.waiting.append((name, a, quiet))
         else:
             self.counts["not allowed"] += 1

@@ -75,8 +75,6 @@ def _agreeing(page: Page | None, token: str) -> Page | bool | None:
 class Memory:
     """The pages of one puppet."""
 
-    keeps_locks = False  # unmerging locked memory unlocks it: see known/unmerge_keeps_locks.jsonl
-
     def __init__(self) -> None:
         self.pages: list[Alternatives] = [_GONE] * PAGES
         self.hot: dict[int, int] = {}  # page: first of the two keys that a thread writes there
@@ -186,9 +184,7 @@ class Memory:
             raise Wrong(f"madvise of pages {first}+{count}: EINVAL, and none is locked")
 
     def _do_l(self, a: Sequence[int], result: int, error: int) -> None:
-        self._change(
-            a[0], a[1], lambda page: page._replace(lock=1 if result == 0 and self.keeps_locks else 2)
-        )
+        self._change(a[0], a[1], lambda page: page._replace(lock=1 if result == 0 else 2))
 
     def _do_k(self, a: Sequence[int], result: int, error: int) -> None:
         self._change(a[0], a[1], lambda page: page._replace(lock=0 if result == 0 else 2 if page.lock else 0))
@@ -231,6 +227,8 @@ class Memory:
             _demand(error in (ENOMEM, EFAULT, EINVAL, EAGAIN), "mremap", a, error)
             self._failed_move(first, old, new, flags, to)
             return
+        if flags & DONTUNMAP:  # Linux unlocks all of the mapping that a part of was moved
+            self._change(0, PAGES, lambda page: page._replace(lock=2 if page.lock else 0))
         source = self.pages[first : first + old]
         kept = source[: min(old, new)]
         # Grown memory has the protection and the lock of what it continues.

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests import requirements_env
-from tests.model.memory import Memory
 from tests.model.run import episode, run
 from tests.support.world import User
 
@@ -31,12 +30,4 @@ def test_model(victims_folder: Path) -> None:
 def test_found_before(victims_folder: Path, replay: Path) -> None:
     """The shortest sequences of failures that the model found, each named after what must hold."""
     requirements_env.need("uffd")
-    episode([json.loads(line) for line in replay.read_text().splitlines()], victims_folder, User(os.getuid()))
-
-
-@pytest.mark.xfail(strict=True, reason="merged memory that was locked since is unlocked by unmerging it")
-def test_unmerge_keeps_locks(victims_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements_env.need("uffd")
-    monkeypatch.setattr(Memory, "keeps_locks", True)
-    replay = Path(__file__).parent / "known" / "unmerge_keeps_locks.jsonl"
     episode([json.loads(line) for line in replay.read_text().splitlines()], victims_folder, User(os.getuid()))
