@@ -76,6 +76,11 @@ def still_calls(target: Target) -> list[Call] | None:
     return calls
 
 
+def anyone_waits(pid: int) -> bool:
+    """Whether a thread of `pid` waits for an event, of whichever userfaultfd, to be read."""
+    return any(procfs.wchan(pid, tid) == _WAITS_FOR_US for tid in procfs.threads(pid))
+
+
 def wait_for_others(target: Target, freeze: Freeze) -> None:
     """Let threads that do not wait for events come to their stop, so that content can be copied.
 

@@ -57,6 +57,7 @@ class Orphan:
     tries: int = 0
     guard: Guard | None = None
     read: list[uffd.Event] = field(default_factory=list)
+    guessed: bool = False  # the pid was searched for
 
     # attach.ForkedChild
 
@@ -147,9 +148,13 @@ def adopt_orphans(guard: Guard) -> None:
     for orphan in list(guard.orphans):
         if time.monotonic() < orphan.due:
             continue
+        if orphan.uffd_event is not None and not uffd.memory_exists(orphan.uffd_event):
+            _let_go(guard, orphan)
+            continue
         if orphan.pid is None:
             orphan.pid = _search(guard, orphan)
-        if orphan.pid is None and orphan.tries < _SEARCHES:
+            orphan.guessed = True
+        if orphan.pid is None and (orphan.uffd_event is not None or orphan.tries < _SEARCHES):
             # Not visible yet, or one of several: its events wait.
             orphan.tries += 1
             orphan.due = time.monotonic() + _RETRY_SECONDS
@@ -176,6 +181,8 @@ def adopt_orphans(guard: Guard) -> None:
             if not _maps_store(guard, orphan.pid):
                 _let_go(guard, orphan)  # it called exec, or unmapped everything
                 continue
+            if orphan.guessed:
+                orphan.pid = None
             orphan.tries += 1
             orphan.due = time.monotonic() + _RETRY_SECONDS
             guard.orphans.append(orphan)
@@ -203,7 +210,8 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
 def _search(guard: Guard, orphan: Orphan) -> int | None:
     """A process that maps the store and is nobody's: the child whose pid could not be read.
 
-    With several to choose from, only a child of the orphan's parent will do.
+    With several to choose from, only a child of the orphan's parent will do; and one that
+    waits for an event to be read is not the child of a userfaultfd that has none.
     """
     known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
     strays = [pid for pid in procfs.pids() if pid not in known and pid != os.getpid()]
@@ -212,7 +220,15 @@ def _search(guard: Guard, orphan: Orphan) -> int | None:
     if parent is not None and len(strays) > 1:
         with contextlib.suppress(TargetGone):
             strays = [pid for pid in strays if pid in procfs.children(parent.pid)]
-    return strays[0] if len(strays) == 1 else None
+    if len(strays) != 1:
+        return None
+    if orphan.uffd_event is not None:
+        try:
+            if callers.anyone_waits(strays[0]) and not callers.readable(orphan.uffd_event):
+                return None
+        except (TargetGone, GpuksmError):
+            return None
+    return strays[0]
 
 
 def _maps_store(guard: Guard, pid: int) -> bool:

@@ -280,6 +280,10 @@ class Guard:
         orphan = children.Orphan(parent.id, uffd_event, self.new_id())
         self.keep(f"event:{orphan.id}", uffd_event)
         orphan.pid = children.pid_of_fork(parent, freeze, held)
+        if orphan.pid is not None:
+            with contextlib.suppress(TargetGone):  # a successor need not search for it
+                started = procfs.stat(orphan.pid).start_time
+                self.journal.append(journal.TARGET, orphan.id, orphan.pid, started)
         orphan.runs = list(parent.runs)
         orphan.borders = set(parent.borders)
         orphan.coredump_filter = parent.coredump_filter

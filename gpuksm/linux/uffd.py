@@ -6,10 +6,13 @@ WP_ASYNC needs Linux 6.7, the events 4.11, USER_MODE_ONLY 5.11.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
 from typing import NamedTuple
+
+from gpuksm.linux._libc import PAGE_SIZE
 
 SYS_USERFAULTFD = 323  # x86-64
 USER_MODE_ONLY = 1
@@ -27,12 +30,15 @@ MODE_WP = 2
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_UNREGISTER = 0x8010AA01
+UFFDIO_WRITEPROTECT = 0xC018AA06
 
 EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
 _MESSAGE = struct.Struct("<B7xQQQ")
 _API = struct.Struct("<QQQ")
 _REGISTER = struct.Struct("<QQQQ")
 _RANGE = struct.Struct("<QQ")
+_PROTECT = struct.Struct("<QQQ")
+_NEVER_MAPPED = 1 << 20  # above mmap_min_addr, below every program
 
 
 class Event(NamedTuple):
@@ -60,6 +66,19 @@ def register(fd: int, start: int, length: int, mode: int = MODE_WP) -> None:
 
 def unregister(fd: int, start: int, length: int) -> None:
     fcntl.ioctl(fd, UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, length)))
+
+
+def memory_exists(fd: int) -> bool:
+    """False when the address space that `fd` watches is gone: its last process ended, or called exec.
+
+    Asks for a page to be write-protected that is never mapped: ESRCH without an address
+    space, else ENOENT or, with an event under way, EAGAIN (mm/userfaultfd.c, fs/userfaultfd.c).
+    """
+    try:
+        fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, bytearray(_PROTECT.pack(_NEVER_MAPPED, PAGE_SIZE, 1)))
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def register_argument(start: int, length: int, mode: int = MODE_WP) -> bytes:
