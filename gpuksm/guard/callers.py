@@ -18,6 +18,7 @@ import struct
 import time
 
 from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard import arch
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.target import Target
 from gpuksm.linux import procfs
@@ -25,6 +26,8 @@ from gpuksm.linux import procfs
 Call = tuple[int, tuple[int, ...]]  # number and arguments of a system call
 
 _WAITS_FOR_US = "userfaultfd_event_wait_completion"
+_DONTNEED_LOCKED = 24
+_DISCARDING = (4, 8, _DONTNEED_LOCKED)  # MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED
 _SEEN_NS = 100_000_000
 _WINDOW_CPU_NS = 1_000_000
 
@@ -101,13 +104,67 @@ def wait_for_others(target: Target, freeze: Freeze) -> None:
     raise FreezeFailed(f"a thread of process {target.pid} did not stop in time")
 
 
-def iovec(target: Target, address: int, count: int) -> list[tuple[int, ...]]:
-    """The (start, length) pairs of a struct iovec array in the target; empty when it cannot be read."""
+def discards(call: Call) -> bool:
+    """True for a call that discards memory: madvise or process_madvise with such an advice."""
+    number, arguments = call
+    nr = arch.current().NR
+    advice = {nr.MADVISE: 2, nr.PROCESS_MADVISE: 3}.get(number)
+    return advice is not None and arguments[advice] in _DISCARDING
+
+
+def discarded(pid: int, call: Call) -> list[tuple[int, int]]:
+    """The [start, end) ranges that a call of `pid` discards, none for other calls."""
+    if not discards(call):
+        return []
+    number, arguments = call
+    if number == arch.current().NR.MADVISE:
+        ranges, advice = [arguments[:2]], arguments[2]
+    else:
+        ranges, advice = _iovec(pid, arguments[1], arguments[2]), arguments[3]
+    return [(start, _before_locked(pid, start, start + length, advice)) for start, length in ranges]
+
+
+def calls_of(pid: int) -> list[Call] | None:
+    """Calls of the threads of `pid` that wait for us; None while one may be on its way there."""
+    calls = []
+    for tid in procfs.threads(pid):
+        try:
+            where = procfs.wchan(pid, tid)
+            if not where:
+                return None
+            call = procfs.thread_syscall(pid, tid) if where == _WAITS_FOR_US else (-1, ())
+        except (TargetGone, NotPermitted):
+            continue
+        if call is None:
+            return None
+        calls.append(call)
+    return calls
+
+
+def _iovec(pid: int, address: int, count: int) -> list[tuple[int, ...]]:
+    """The (start, length) pairs of a struct iovec array in `pid`; empty when it cannot be read."""
     try:
-        data = os.pread(target.memory, min(count, 1024) * 16, address)
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return []
+    try:
+        data = os.pread(memory, min(count, 1024) * 16, address)
+    except OSError:
+        return []
+    finally:
+        os.close(memory)
     return list(struct.iter_unpack("<QQ", data[: len(data) // 16 * 16]))
+
+
+def _before_locked(pid: int, start: int, end: int, advice: int) -> int:
+    """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
+    if advice == _DONTNEED_LOCKED or procfs.status(pid).get("VmLck", "0").split()[0] == "0":
+        return end
+    flags = procfs.smaps_flags(pid)
+    for vma in procfs.maps(pid):
+        if vma.end > start and vma.start < end and "lo" in flags.get(vma.start, ()):
+            return max(start, vma.start)
+    return end
 
 
 def _all_asleep(target: Target) -> bool:

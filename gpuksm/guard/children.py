@@ -8,22 +8,26 @@ before an event of it is answered, because only an agent can map zeros (hazard 2
 What must hold: no MADV_DONTNEED of merged memory in a child shows old bytes.  The
 child's own thread may already wait in such a call when we get to it.  That event has
 to be read first, as the agent cannot start before the thread stops; it is zeroed
-before the thread goes on.
+before the thread goes on.  Before it is read, the ledger notes the range, and a touch
+of merged memory in it is made to wait (UFFDIO_REGISTER_MODE_MINOR).
 
-If we die between reading such an event and zeroing it, that one call may show old
-bytes in the child; see docs/hazards.md, 2.
+If we die after reading such an event, the child goes on and waits where it touches the
+range; our successor finds it in the ledger and puts zeros there.  Until then a system
+call that touches it fails with EFAULT.  (Both hold for every target that a successor
+takes over.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
-from gpuksm.guard import arch, callers, events, journal
+from gpuksm.guard import arch, callers, events, faults, journal
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import Attachment, attach
 from gpuksm.guard.freeze import Freeze, FreezeFailed
@@ -57,17 +61,59 @@ class Orphan:
     tries: int = 0
     guard: Guard | None = None
     read: list[uffd.Event] = field(default_factory=list)
+    discards: list[tuple[int, int]] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
     guessed: bool = False  # the pid was searched for
 
     # attach.ForkedChild
 
     def service(self) -> None:
-        """Read what waits, so that the threads can stop."""
-        while self.uffd_event is not None and callers.readable(self.uffd_event):
+        """Read what waits, so that the threads can stop; see the head of this module."""
+        assert self.guard is not None
+        assert self.pid is not None
+        if self.uffd_event is None:
+            return
+        self._resolve_faults()
+        while callers.readable(self.uffd_event):
+            calls = callers.calls_of(self.pid)
+            if calls is None:
+                return
+            for call in calls:
+                for start, end in callers.discarded(self.pid, call):
+                    self._make_touches_wait(self.guard, self.uffd_event, self.pid, start, end)
             event = uffd.read_event(self.uffd_event)
             if event is None:
                 return
-            self.read.append(event)
+            if event.kind == uffd.EVENT_PAGEFAULT:
+                self.faults.append(event.b & ~(PAGE_SIZE - 1))
+                self._resolve_faults()
+            else:
+                self.read.append(event)
+                faults.point("child-event-read")
+
+    def _make_touches_wait(self, guard: Guard, uffd_event: int, pid: int, start: int, end: int) -> None:
+        """Note a discard that we cannot answer yet, once, and bar what is merged there."""
+        start, end = start & ~(PAGE_SIZE - 1), (end + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+        if start >= end or (start, end) in self.discards:
+            return
+        self.discards.append((start, end))
+        guard.journal.append(journal.DISCARD, self.id, start, end)
+        for run in _store_mappings(guard, pid):
+            low, high = max(start, run.start), min(end, run.end)
+            if low < high:
+                with contextlib.suppress(OSError):  # no VMA left, say: then only our death can do harm
+                    uffd.register(uffd_event, low, high - low, uffd.MODE_WP | uffd.MODE_MINOR)
+
+    def _resolve_faults(self) -> None:
+        """Zeros for threads that wait where they touched what was discarded: in a system call
+        they could not stop."""
+        while self.faults and self.uffd_event is not None:
+            try:
+                uffd.zeropage(self.uffd_event, self.faults[-1], PAGE_SIZE)
+            except OSError as error:
+                if error.errno == errno.EAGAIN:
+                    return
+            self.faults.pop()
 
     def check(self) -> None:
         """attach.ForkedChild: a child that has called exec is nobody's business any more."""
@@ -90,6 +136,16 @@ class Orphan:
             _watch_all(target)
         for index, event in enumerate(self.read):
             _late(self.guard, target, event, self.read[index + 1 :])
+            if event.kind == uffd.EVENT_REMAP:
+                self.discards += [
+                    (max(start, event.a) + event.b - event.a, min(end, event.a + event.c) + event.b - event.a)
+                    for start, end in self.discards
+                    if start < event.a + event.c and event.a < end
+                ]
+        for start, end in self.discards:
+            events.zero(self.guard, target, start, end)
+        if self.discards:
+            self.guard.journal.append(journal.DISCARD, self.id)
         _settle_ends(self.guard, target)
 
 
@@ -238,13 +294,17 @@ def _maps_store(guard: Guard, pid: int) -> bool:
         return False
 
 
-def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
-    """What the child really maps is what it has merged."""
-    runs = [
+def _store_mappings(guard: Guard, pid: int) -> list[Run]:
+    return [
         Run(vma.start, vma.end, vma.offset // PAGE_SIZE)
-        for vma in procfs.maps(target.pid)
+        for vma in procfs.maps(pid)
         if vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path
     ]
+
+
+def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
+    """What the child really maps is what it has merged."""
+    runs = _store_mappings(guard, target.pid)
     for run in runs:
         target.runs.add(run)
     target.borders = set(borders)

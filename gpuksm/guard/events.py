@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpuksm.guard import arch, callers, faults
 from gpuksm.guard.agent import Table
@@ -37,8 +37,6 @@ from gpuksm.guard.target import MAP_FIXED, Target, protection
 from gpuksm.linux import procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
-_DONTNEED_LOCKED = 24
-_DISCARDING = (4, 8, _DONTNEED_LOCKED)  # MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED
 _MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
 
 
@@ -79,42 +77,26 @@ def serve_still(host: Host, target: Target) -> None:
 
     Stops at whatever needs a freeze: a thread that is elsewhere, or another call.
     """
-    nr = arch.current().NR
     while callers.readable(target.link.uffd_event):
         calls = callers.still_calls(target)
-        if calls is None or not all(_discards(nr, *call) for call in calls):
+        if calls is None or not all(map(callers.discards, calls)):
             return
-        for number, arguments in calls:
-            _discard(host, target, number, arguments)
+        for call in calls:
+            for start, end in callers.discarded(target.pid, call):
+                zero(host, target, start, end)
         faults.point("event-prepared")
         event = uffd.read_event(target.link.uffd_event)
         if event is not None:
             _apply(host, target, event, target.freeze(), [])
 
 
-def _discards(nr: Any, number: int, arguments: tuple[int, ...]) -> bool:
-    """True for a call that discards memory: madvise or process_madvise with such an advice."""
-    advice = {nr.MADVISE: 2, nr.PROCESS_MADVISE: 3}.get(number)
-    return advice is not None and arguments[advice] in _DISCARDING
-
-
-def _discard(host: Host, target: Target, number: int, arguments: tuple[int, ...]) -> None:
-    """Map zeros where a call that waits is about to discard."""
-    if number == arch.current().NR.MADVISE:
-        ranges, advice = [arguments[:2]], arguments[2]
-    else:
-        ranges, advice = callers.iovec(target, arguments[1], arguments[2]), arguments[3]
-    for start, length in ranges:
-        zero(host, target, start, _before_locked(target, start, start + length, advice))
-
-
 def _before_reading(
     host: Host, target: Target, number: int, arguments: tuple[int, ...], freeze: Freeze
 ) -> None:
     nr = arch.current().NR
-    if _discards(nr, number, arguments):
-        _discard(host, target, number, arguments)
-    elif number == nr.MREMAP:
+    for start, end in callers.discarded(target.pid, (number, arguments)):
+        zero(host, target, start, end)
+    if number == nr.MREMAP:
         _moved(host, target, *arguments[:5])
         old, old_size, new_size, flags, fixed = arguments[:5]
         _unmapped(host, target, old, old + _round_up(old_size), freeze)
@@ -172,17 +154,6 @@ def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
         if not _maps(host, vma, at, run.slot + (at - run.start) // PAGE_SIZE):
             yield at, stop
         at = stop
-
-
-def _before_locked(target: Target, start: int, end: int, advice: int) -> int:
-    """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
-    if advice == _DONTNEED_LOCKED or not target.locked_kib():
-        return end
-    flags = procfs.smaps_flags(target.pid)
-    for vma in procfs.maps(target.pid):
-        if vma.end > start and vma.start < end and "lo" in flags.get(vma.start, ()):
-            return max(start, vma.start)
-    return end
 
 
 def zero(host: Host, target: Target, start: int, end: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 RECORD = struct.Struct("<IIQQQ")
-TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER, BORN = range(1, 11)
+TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER, BORN, DISCARD = range(1, 12)
 
 
 class Record(NamedTuple):
@@ -24,6 +24,7 @@ class Record(NamedTuple):
     TARGET: pid, start time, code page.  MAP: start, end, slot.  UNMAP: start, end.
     EXTENT: first slot, slots, user.  DIGESTS: first slot, count; the column follows.
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
+    DISCARD: start, end of what a target without agent discards (0, 0: all of that is done).
     BORN: when the store was made, in clock ticks since boot; the seed of its digests.
     """
 

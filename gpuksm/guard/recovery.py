@@ -48,9 +48,14 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             guard.store.set_digests(record.a, 0, record.column)
         elif record.kind == journal.TARGET:
             pid = record.a if _same_process(record.a, record.b) else None
+            before = orphans.get(record.target)
             orphans[record.target] = children.Orphan(0, None, record.target, pid)
+            orphans[record.target].discards = before.discards if before else []
         elif record.kind == journal.GONE:
             orphans.pop(record.target, None)
+        elif record.kind == journal.DISCARD:
+            orphan = orphans.setdefault(record.target, children.Orphan(0, None, record.target))
+            orphan.discards = [*orphan.discards, (record.a, record.b)] if record.b else []
         elif record.kind == journal.BORDER and record.target in orphans:
             orphans[record.target].borders.add(record.a)
         elif record.kind == journal.REGISTER:

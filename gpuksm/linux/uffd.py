@@ -25,11 +25,12 @@ FEATURE_EVENT_UNMAP = 1 << 6
 FEATURE_WP_UNPOPULATED = 1 << 13
 FEATURE_WP_ASYNC = 1 << 15
 
-MODE_WP = 2
+MODE_WP, MODE_MINOR = 2, 4
 
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_UNREGISTER = 0x8010AA01
+UFFDIO_ZEROPAGE = 0xC020AA04
 UFFDIO_WRITEPROTECT = 0xC018AA06
 
 EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
@@ -37,6 +38,7 @@ _MESSAGE = struct.Struct("<B7xQQQ")
 _API = struct.Struct("<QQQ")
 _REGISTER = struct.Struct("<QQQQ")
 _RANGE = struct.Struct("<QQ")
+_ZEROPAGE = struct.Struct("<QQQq")
 _PROTECT = struct.Struct("<QQQ")
 _NEVER_MAPPED = 1 << 20  # above mmap_min_addr, below every program
 
@@ -44,7 +46,7 @@ _NEVER_MAPPED = 1 << 20  # above mmap_min_addr, below every program
 class Event(NamedTuple):
     """One struct uffd_msg.
 
-    FORK: `a` is the new descriptor.  REMAP: from, to, old length.  REMOVE and
+    PAGEFAULT: flags, address.  FORK: `a` is the new descriptor.  REMAP: from, to, old length.  REMOVE and
     UNMAP: start, end.
     """
 
@@ -66,6 +68,11 @@ def register(fd: int, start: int, length: int, mode: int = MODE_WP) -> None:
 
 def unregister(fd: int, start: int, length: int) -> None:
     fcntl.ioctl(fd, UFFDIO_UNREGISTER, bytearray(_RANGE.pack(start, length)))
+
+
+def zeropage(fd: int, start: int, length: int) -> None:
+    """Put private zeros where a thread waits in a fault, and wake it.  OSError(EAGAIN): try again."""
+    fcntl.ioctl(fd, UFFDIO_ZEROPAGE, bytearray(_ZEROPAGE.pack(start, length, 0, 0)))
 
 
 def memory_exists(fd: int) -> bool:

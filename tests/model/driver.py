@@ -180,8 +180,6 @@ class Driver:
                 return  # in several pieces
             puppet.waiting.append(("g", [], False))
         elif puppet.allowed(name, a):
-            if name in "fP":
-                self._killed()  # a guard that dies while it takes over a child: docs/hazards.md 2, open
             if name == "x":
                 puppet.waiting.append(("i", [0], True))
                 self.flush()
