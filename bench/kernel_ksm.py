@@ -7,6 +7,7 @@ Counters and settings: Documentation/admin-guide/mm/ksm.rst.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -88,6 +89,12 @@ class FullSpeed:
         reason = why_not()
         if reason:
             raise SystemExit(reason)
+        # Two at once would put back each other's settings.
+        self._lock = os.open(FOLDER, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit("another benchmark drives KSM now") from None
         self._original = {name: setting(name) for name in (*FULL_SPEED, "run")}
         self.pid = ksmd()
 
@@ -106,6 +113,7 @@ class FullSpeed:
         self.clear()
         for name, text in self._original.items():
             self._write(name, text)
+        os.close(self._lock)
 
     def _write(self, name: str, value: str) -> None:
         # Not every kernel has an advisor.

@@ -171,6 +171,7 @@ class Gpuksm:
             "own_seconds": self._last["seconds"],
             "max_pause_ms": self._last["max_pause_ms"],
             "targets_left_out": late,
+            **{f"skipped_{reason}": pages for reason, pages in self._last["skipped"].items()},
         }
 
     def keep_on(self, until: float) -> None:
@@ -190,7 +191,10 @@ class Gpuksm:
         """CPU time of a second of the daemon, once it no longer reads anything."""
         silence = subprocess.DEVNULL
         daemon = subprocess.Popen(
-            self._command("daemon"), stdout=silence, stderr=silence, env=self._environment
+            self._command("daemon", "--interval", f"{min(1.0, seconds)}s"),
+            stdout=silence,
+            stderr=silence,
+            env=self._environment,
         )
         try:
             self._settle(daemon)
@@ -212,7 +216,7 @@ class Gpuksm:
         deadline = time.monotonic() + 60
         scanned, since = -1, 0
         while time.monotonic() < deadline and daemon.poll() is None:
-            time.sleep(0.5)
+            time.sleep(0.2)
             with GuardClient.connect(start=False) as guard:
                 numbers = guard.request("knobs")[0]["daemon"] or {}
             if not numbers:
@@ -432,7 +436,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--own-mb", type=int, help="own MiB of each process of mix; a quarter in the others")
     parser.add_argument("--write-rate", type=int, default=1000, help="events a second of each writer")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of steady state, and of writing")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of steady state, and of writing")
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured to FILE")
     return parser
 

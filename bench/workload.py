@@ -61,7 +61,8 @@ class Processes:
                 words = [str(program), workload.kind, *pages, str(index)]
                 pipe = subprocess.PIPE
                 self._running.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
-            self._answers()
+            # Where the memory of each begins.
+            self.places = [int(row["memory"]) for row in self._answers()]
         except BaseException:
             self.kill()
             raise

@@ -111,7 +111,7 @@ int main(int count, char **arguments)
 	shared = strtoul(arguments[2], 0, 0);
 	own = strtoul(arguments[3], 0, 0);
 	fill(arguments[1], strtoul(arguments[4], 0, 0));
-	say("READY");
+	say("READY memory=%lu", (uintptr_t)memory.at);
 	for (char *line; (line = command());) {
 		unsigned long rate;
 		if (!strcmp(line, "mergeable")) {
