@@ -1,7 +1,7 @@
 """Kernel KSM as a benchmark drives it: at full speed, and afterwards as it was.
 
-`FullSpeed` notes every setting that it changes, and puts all of them back when it
-is left, however that happens.  It refuses a KSM that somebody uses.  Run by root.
+`FullSpeed` notes every setting before it changes any, and `restore` puts all of them
+back.  It refuses a KSM that somebody uses.  Run by root.
 Counters and settings: Documentation/admin-guide/mm/ksm.rst.
 """
 
@@ -11,8 +11,7 @@ import fcntl
 import os
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.linux import procfs
@@ -83,7 +82,10 @@ class Sample(NamedTuple):
 
 
 class FullSpeed:
-    """KSM with its settings at full speed; stopped unless it is told to run."""
+    """KSM with its settings at full speed; stopped unless it is told to run.
+
+    Making one changes nothing, and locks out others until this process ends.
+    """
 
     def __init__(self) -> None:
         reason = why_not()
@@ -98,22 +100,18 @@ class FullSpeed:
         self._original = {name: setting(name) for name in (*FULL_SPEED, "run")}
         self.pid = ksmd()
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Stop KSM, if it is not stopped, and set it to full speed."""
         self._write("run", STOP)
         for name, value in FULL_SPEED.items():
             self._write(name, value)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def restore(self) -> None:
+        """Clear KSM and put everything back as it was; doing it twice does no harm."""
         self.clear()
-        for name, text in self._original.items():
-            self._write(name, text)
-        os.close(self._lock)
+        # advisor_mode after what cannot be written with an advisor, and run last.
+        for name in (*reversed(FULL_SPEED), "run"):
+            self._write(name, self._original[name])
 
     def _write(self, name: str, value: str) -> None:
         # Not every kernel has an advisor.

@@ -313,7 +313,13 @@ def trial(
 def compare(arguments: argparse.Namespace, chosen: list[Workload], note: Callable[[str], None]) -> list[Any]:
     """All trials; one object a workload."""
     trials: dict[tuple[str, str], list[Row]] = {}
-    with tempfile.TemporaryDirectory(prefix="gpuksm-versus-") as folder, FullSpeed() as ksm:
+    ksm = FullSpeed()
+    with ExitStack() as stack:
+        # Twice, for a signal can raise once (see signals_end), and that may be in the first of them.
+        stack.callback(ksm.restore)
+        stack.callback(ksm.restore)
+        ksm.begin()
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuksm-versus-"))
         program = build(Path(folder))
         note("a first scan, not counted, compiles what is compiled on first use")
         trial("gpuksm", program, Workload("first", "mix", 2, 2, 2), ksm, 1.0, False)
@@ -373,10 +379,9 @@ def percent(value: float | None) -> str:
 def show(result: dict[str, Any]) -> None:
     """The table."""
     facts = result["machine"]
-    title = (
-        f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}; load before {facts['load']:.1f}; "
-    )
+    title = f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}; "
     title += f"smart_scan {facts['smart_scan']}, use_zero_pages {facts['use_zero_pages']}; "
+    title += f"load {facts['load']:.1f} before, {facts['load_after']:.1f} after; "
     title += f"medians of {result['repeats']}"
     columns = ("wall s", "CPU s", "saved MB", "steady CPU", "events/s", "loss", "longest gap ms")
     table = Table(title=title)
@@ -454,6 +459,7 @@ def main() -> int:
         result["workloads"] = compare(
             arguments, chosen, lambda text: print(text, file=sys.stderr, flush=True)
         )
+    result["machine"]["load_after"] = os.getloadavg()[0]
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
     show(result)
