@@ -19,14 +19,11 @@ guard, keeper and targets.  Exit codes: 3 when this machine cannot do it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import select
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,20 +35,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import kernel_ksm  # noqa: E402
-from bench.kernel_ksm import FullSpeed, cpu_seconds  # noqa: E402
-from bench.workload import Processes, Workload, build  # noqa: E402
-from gpuksm.client import GuardClient  # noqa: E402
-from gpuksm.errors import GuardError  # noqa: E402
-from gpuksm.linux import procfs  # noqa: E402
+from bench import kernel_ksm
+from bench.contestants import Gpuksm, Kernel, Row
+from bench.kernel_ksm import FullSpeed
+from bench.workload import Processes, Workload, build
 
 UNABLE = 3
-LIMIT_SECONDS = 150.0  # for one merging
 TOOLS = ("ksm", "gpuksm")
-Row = dict[str, float]
 
 
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
@@ -67,182 +59,6 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
         Workload("busy writers", "mix", count, shared // 2, own // 4, 0),
     ]
     return [each for each in every if not arguments.workload or each.name in arguments.workload]
-
-
-class Kernel:
-    """One trial's worth of kernel KSM."""
-
-    def __init__(self, ksm: FullSpeed, processes: Processes, workload: Workload) -> None:
-        self._ksm, self._processes, self._workload = ksm, processes, workload
-
-    def merge(self) -> Row:
-        """Merge, and say what it cost."""
-        self._processes.ask("mergeable")
-        wall, cpu = self._ksm.merge(self._workload.expected_pages, LIMIT_SECONDS)
-        return {"wall": wall, "cpu": cpu, "cpu_ksmd": cpu}
-
-    def keep_on(self, until: float) -> None:
-        """Go on at full speed."""
-        time.sleep(max(0.0, until - time.monotonic()))
-
-    def store_bytes(self) -> int:
-        return 0
-
-    def profit(self) -> int:
-        """What it says itself, its own tables subtracted."""
-        return kernel_ksm.number("general_profit")
-
-    def steady(self, seconds: float) -> float:
-        """CPU time of a second in which nothing changes."""
-        began, before = time.monotonic(), cpu_seconds(self._ksm.pid)
-        time.sleep(seconds)
-        return (cpu_seconds(self._ksm.pid) - before) / (time.monotonic() - began)
-
-    def close(self) -> None:
-        """After the end of the processes: have it forget them."""
-        self._ksm.clear()
-
-
-class Gpuksm:
-    """One trial's worth of gpuksm, with a guard of its own."""
-
-    def __init__(self, processes: Processes, workload: Workload, folder: Path) -> None:
-        self._processes = processes
-        self._targets_idle = workload.rate is None
-        self._environment = {**os.environ, "GPUKSM_RUNTIME_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-        os.environ["GPUKSM_RUNTIME_DIR"] = str(folder)  # for GuardClient
-        self._guard = self._keeper = 0
-        self._last: dict[str, Any] = {}
-
-    def _command(self, *words: str) -> list[str]:
-        pids = ",".join(map(str, self._processes.pids))
-        return [sys.executable, "-m", "gpuksm", *words, "--pid", pids, "--backend", "cpu"]
-
-    def _scan(self) -> tuple[float, float]:
-        """One scan; its wall and CPU seconds, those of its ended children included."""
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            began = time.monotonic()
-            running = subprocess.Popen(
-                self._command("scan", "--json"), stdout=output, stderr=errors, env=self._environment
-            )
-            handle = os.pidfd_open(running.pid)
-            try:
-                if not select.select([handle], [], [], LIMIT_SECONDS)[0]:
-                    raise SystemExit(f"gpuksm scan did not end in {LIMIT_SECONDS:.0f} s")
-                _, status, usage = os.wait4(running.pid, 0)
-                running.returncode = os.waitstatus_to_exitcode(status)
-            finally:
-                os.close(handle)
-                if running.returncode is None:
-                    running.kill()
-                    running.wait()
-            wall = time.monotonic() - began
-            if running.returncode:
-                errors.seek(0)
-                raise SystemExit(f"gpuksm scan ended with {running.returncode}: {errors.read().decode()}")
-            output.seek(0)
-            self._last = json.load(output)
-        return wall, usage.ru_utime + usage.ru_stime
-
-    def _find_guard(self) -> None:
-        with GuardClient.connect(start=False) as guard:
-            self._guard = guard.request("hello")[0]["pid"]
-        self._keeper = procfs.stat(self._guard).ppid
-
-    def _targets_cpu(self) -> float:
-        return sum(cpu_seconds(pid) for pid in self._processes.pids)
-
-    def merge(self) -> Row:
-        """Merge, and say what it cost."""
-        targets = self._targets_cpu()
-        wall, scanner = self._scan()
-        self._find_guard()
-        parts = {
-            "cpu_scanner": scanner,
-            "cpu_guard": cpu_seconds(self._guard),
-            "cpu_keeper": cpu_seconds(self._keeper),
-            "cpu_targets": self._targets_cpu() - targets if self._targets_idle else 0.0,
-        }
-        late = sum(bool(target["error"]) for target in self._last["targets"])
-        return {
-            "wall": wall,
-            "cpu": sum(parts.values()),
-            **parts,
-            "own_seconds": self._last["seconds"],
-            "max_pause_ms": self._last["max_pause_ms"],
-            "targets_left_out": late,
-            **{f"skipped_{reason}": pages for reason, pages in self._last["skipped"].items()},
-        }
-
-    def keep_on(self, until: float) -> None:
-        """Scan again and again."""
-        while time.monotonic() < until:
-            self._scan()
-
-    def store_bytes(self) -> int:
-        with GuardClient.connect(start=False) as guard:
-            return int(guard.request("status")[0]["store_bytes"])
-
-    def profit(self) -> int:
-        """What it says itself, its own costs subtracted."""
-        return int(self._last["general_profit"])
-
-    def steady(self, seconds: float) -> float:
-        """CPU time of a second of the daemon, once it no longer reads anything."""
-        silence = subprocess.DEVNULL
-        daemon = subprocess.Popen(
-            self._command("daemon", "--interval", f"{min(1.0, seconds)}s"),
-            stdout=silence,
-            stderr=silence,
-            env=self._environment,
-        )
-        try:
-            self._settle(daemon)
-            pids = (daemon.pid, self._guard, self._keeper)
-            began, before = time.monotonic(), sum(map(cpu_seconds, pids)) + self._targets_cpu()
-            time.sleep(seconds)
-            used = sum(map(cpu_seconds, pids)) + self._targets_cpu() - before
-            return used / (time.monotonic() - began)
-        finally:
-            daemon.terminate()
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-
-    def _settle(self, daemon: subprocess.Popen[bytes]) -> None:
-        """Wait for two rounds that read nothing."""
-        deadline = time.monotonic() + 60
-        scanned, since = -1, 0
-        while time.monotonic() < deadline and daemon.poll() is None:
-            time.sleep(0.2)
-            with GuardClient.connect(start=False) as guard:
-                numbers = guard.request("knobs")[0]["daemon"] or {}
-            if not numbers:
-                continue
-            if numbers["pages_scanned"] != scanned:
-                scanned, since = numbers["pages_scanned"], numbers["full_scans"]
-            elif scanned and numbers["full_scans"] >= since + 2:
-                return
-        raise SystemExit("gpuksm daemon did not settle")
-
-    def close(self) -> None:
-        """After the end of the processes: end the guard, and see that it has ended."""
-        with contextlib.suppress(GuardError, OSError):
-            self._find_guard()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(GuardError):
-                guard = GuardClient.find()
-                if guard is None:
-                    return
-                with guard:
-                    guard.request("shutdown", force=False)
-            time.sleep(0.1)
-        for pid in filter(None, (self._keeper, self._guard)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -434,7 +250,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--full", action="store_true", help="6 processes of 350 + 650 MiB for mix")
+    parser.add_argument("--full", action="store_true", help="6 processes, of 350 + 650 MiB in mix")
     parser.add_argument("--workload", action="append", help="only this one; may be given several times")
     parser.add_argument("--processes", type=int, help="processes of each workload")
     parser.add_argument("--shared-mb", type=int, help="equal MiB of each process of mix; half in the others")

@@ -19,7 +19,7 @@ from bench.workload import Processes, Workload, build
 from tests import requirements_env
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "versus_ksm.py"
-SMALL = ("--processes", "2", "--shared-mb", "4", "--own-mb", "4", "--repeats", "1", "--seconds", "0.5")
+SMALL = ("--processes", "2", "--shared-mb", "4", "--own-mb", "4", "--repeats", "1", "--seconds", "0.2")
 NAMES = (*kernel_ksm.FULL_SPEED, "run")
 
 
