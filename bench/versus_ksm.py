@@ -4,7 +4,7 @@
 
 Needs root and a KSM that nobody uses; its settings are put back whatever happens.
 Each trial starts fresh processes, has one of the two merge them, measures, and has
-the processes check every byte.  All figures are medians.
+the processes check every byte.  All figures are medians; steady is taken once.
 
 KSM: `pages_to_scan` 1000000, `sleep_millisecs` 0, the rest as it is; the processes
 ask for merging with MADV_MERGEABLE.  Wall and CPU time (of ksmd) run from writing
