@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from gpuksm.cli import _options
+
+if TYPE_CHECKING:
+    from gpuksm.scan import ScanOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -69,3 +72,13 @@ def _adds(decorators: tuple[Callable[[Any], Any], ...]) -> Callable[[Function], 
 
 
 batch, hashing, allowed = _adds(_BEFORE), _adds(_AFTER), _adds(_ALLOWED)
+
+
+def scan_options(given: dict[str, Any], **more: Any) -> ScanOptions:
+    """ScanOptions from the values of all options above, and `more` of its fields."""
+    from gpuksm.scan import ScanOptions
+
+    values = dict(given)
+    return ScanOptions(
+        batch_pages=values.pop("batch"), max_pause_us=round(values.pop("max_pause") * 1e6), **values, **more
+    )

@@ -169,21 +169,15 @@ class _Signals:
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     config: str | None,
     selection: Selection,
     interval: float,
     max_interval: float,
     max_cpu: int,
-    batch: int,
-    backend: str,
-    device: str | None,
-    gpu_memory: int | None,
-    threads: int,
-    max_pause: float,
-    allow_seccomp: bool,
-    allow_direct_io: bool,
     no_smart_scan: bool,
     no_zero_pages: bool,
+    **scanning: Any,
 ) -> Setup | None:
     """Merge equal pages of the TARGETS again and again, as they come up, until SIGTERM.
 
@@ -191,28 +185,19 @@ def command(
     later are taken too. A round reads only what was written since the last one and
     has calmed down. What is merged stays merged when the daemon ends.
     """
-    from gpuksm.scan import ScanOptions
     from gpuksm.scan.daemon import Daemon, Setup
 
     finder = Finder(selection)
     # Whatever is wrong with what was named is an error now, and never later.
     if not finder():
         _output.note("no process matches or is registered yet; waiting for one")
+    options = _scanning.scan_options(scanning)
     setup = Setup(
         finder,
-        ScanOptions(
-            batch_pages=batch,
-            backend=backend,
-            device=device,
-            gpu_memory=gpu_memory,
-            threads=threads,
-            max_pause_us=round(max_pause * 1e6),
-            allow_seccomp=allow_seccomp,
-            allow_direct_io=allow_direct_io,
-        ),
+        options,
         {
             "run": knobs.RUN_ON,
-            "pages_to_scan": batch,
+            "pages_to_scan": options.batch_pages,
             "sleep_millisecs": round(interval * 1000),
             "max_sleep_millisecs": round(max_interval * 1000),
             "max_cpu_percent": max_cpu,

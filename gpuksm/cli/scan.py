@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,19 +37,7 @@ if TYPE_CHECKING:
 @_scanning.allowed
 @_options.json_flag
 def command(
-    selection: Selection,
-    batch: int,
-    passes: int,
-    settle: float,
-    backend: str,
-    device: str | None,
-    gpu_memory: int | None,
-    threads: int,
-    max_pause: float,
-    dry_run: bool,
-    allow_seccomp: bool,
-    allow_direct_io: bool,
-    as_json: bool,
+    selection: Selection, passes: int, settle: float, dry_run: bool, as_json: bool, **scanning: Any
 ) -> None:
     """Find equal pages of the TARGETS and merge them into one shared, copy-on-write page each.
 
@@ -58,20 +46,7 @@ def command(
     down; processes with capabilities are taken only when named by --pid, --tree
     or registration.
     """
-    from gpuksm.scan import ScanOptions
-
-    options = ScanOptions(
-        batch_pages=batch,
-        passes=passes,
-        settle_seconds=settle,
-        backend=backend,
-        device=device,
-        gpu_memory=gpu_memory,
-        threads=threads,
-        max_pause_us=round(max_pause * 1e6),
-        allow_seccomp=allow_seccomp,
-        allow_direct_io=allow_direct_io,
-    )
+    options = _scanning.scan_options(scanning, passes=passes, settle_seconds=settle)
     if dry_run:
         estimate.run(selection, options, as_json)
     else:

@@ -16,6 +16,7 @@ import os
 import select
 import struct
 import time
+from collections.abc import Iterable
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
@@ -45,37 +46,40 @@ def waiting_calls(target: Target, freeze: Freeze) -> list[Call] | None:
     None while a thread may own an event and is not seen waiting.  An empty list in a
     freeze means that the caller is none of its threads.
     """
-    if not freeze.holds and not _all_asleep(target):
+    if freeze.holds:
+        return _calls(target.pid, list(freeze.waiting))
+    if not _all_asleep(target):
         return None
-    calls = []
-    for tid in list(freeze.waiting) if freeze.holds else procfs.threads(target.pid):
-        try:
-            where = procfs.wchan(target.pid, tid)
-            if not where and freeze.holds:
-                return None
-            if where != _WAITS_FOR_US:
-                continue
-            call = procfs.thread_syscall(target.pid, tid)
-        except (TargetGone, NotPermitted):
-            continue
-        if call is None:
-            return None
-        calls.append(call)
-    return calls if calls or freeze.holds else None
+    return _calls(target.pid, procfs.threads(target.pid), running=True) or None
 
 
 def still_calls(target: Target) -> list[Call] | None:
     """Calls of all threads of a target that is not frozen, when every one of them waits for us."""
+    threads = [tid for tid in procfs.threads(target.pid) if tid != target.link.agent.tid]
+    calls = _calls(target.pid, threads)
+    return calls if calls is not None and len(calls) == len(threads) else None
+
+
+def calls_of(pid: int) -> list[Call] | None:
+    """Calls of the threads of `pid` that wait for us; None while one may be on its way there."""
+    return _calls(pid, procfs.threads(pid))
+
+
+def _calls(pid: int, threads: Iterable[int], *, running: bool = False) -> list[Call] | None:
+    """Calls of those of `threads` that wait for us; None while one runs, unless that is allowed."""
     calls = []
-    for tid in procfs.threads(target.pid):
-        if tid == target.link.agent.tid:
+    for tid in threads:
+        try:
+            where = procfs.wchan(pid, tid)
+            if where == _WAITS_FOR_US:
+                call = procfs.thread_syscall(pid, tid)
+                if call is None:
+                    return None
+                calls.append(call)
+            elif not where and not running:
+                return None
+        except (TargetGone, NotPermitted):
             continue
-        if procfs.wchan(target.pid, tid) != _WAITS_FOR_US:
-            return None
-        call = procfs.thread_syscall(target.pid, tid)
-        if call is None:
-            return None
-        calls.append(call)
     return calls
 
 
@@ -124,23 +128,6 @@ def discarded(pid: int, call: Call) -> list[tuple[int, int]]:
     return [(start, _before_locked(pid, start, start + length, advice)) for start, length in ranges]
 
 
-def calls_of(pid: int) -> list[Call] | None:
-    """Calls of the threads of `pid` that wait for us; None while one may be on its way there."""
-    calls = []
-    for tid in procfs.threads(pid):
-        try:
-            where = procfs.wchan(pid, tid)
-            if not where:
-                return None
-            call = procfs.thread_syscall(pid, tid) if where == _WAITS_FOR_US else (-1, ())
-        except (TargetGone, NotPermitted):
-            continue
-        if call is None:
-            return None
-        calls.append(call)
-    return calls
-
-
 def _iovec(pid: int, address: int, count: int) -> list[tuple[int, ...]]:
     """The (start, length) pairs of a struct iovec array in `pid`; empty when it cannot be read."""
     try:
@@ -158,7 +145,7 @@ def _iovec(pid: int, address: int, count: int) -> list[tuple[int, ...]]:
 
 def _before_locked(pid: int, start: int, end: int, advice: int) -> int:
     """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
-    if advice == _DONTNEED_LOCKED or procfs.status(pid).get("VmLck", "0").split()[0] == "0":
+    if advice == _DONTNEED_LOCKED or not procfs.locked_kib(pid):
         return end
     flags = procfs.smaps_flags(pid)
     for vma in procfs.maps(pid):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import arch, callers, events, faults, journal
 from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.attach import Attachment, attach
+from gpuksm.guard.attach import Attachment, attach, unmap_leftovers
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
@@ -76,8 +76,8 @@ class Orphan:
         self._resolve_faults()
         while callers.readable(self.uffd_event):
             calls = callers.calls_of(self.pid)
-            if calls is None:
-                return
+            if calls is None or (self.guessed and not calls):
+                return  # one may be on its way; or this is not its userfaultfd
             for call in calls:
                 for start, end in callers.discarded(self.pid, call):
                     self._make_touches_wait(self.guard, self.uffd_event, self.pid, start, end)
@@ -221,7 +221,7 @@ def adopt_orphans(guard: Guard) -> None:
         guard.orphans.remove(orphan)
         orphan.guard = guard
         try:
-            attach(
+            attachment = attach(
                 orphan.pid,
                 guard.store.read_only,
                 guard.census,
@@ -231,6 +231,9 @@ def adopt_orphans(guard: Guard) -> None:
             )
             if not guard.privileged:
                 guard.tether.hold(guard.targets[orphan.id])
+            with contextlib.suppress(OSError, TargetGone):
+                # Of the dead guard's agent, or inherited from the parent.
+                unmap_leftovers(attachment, guard.targets[orphan.id].memory)
         except TargetGone:
             _let_go(guard, orphan)
         except (FreezeFailed, AgentStuck, Unsupported, OSError):
@@ -266,16 +269,18 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
 def _search(guard: Guard, orphan: Orphan) -> int | None:
     """A process that maps the store and is nobody's: the child whose pid could not be read.
 
-    With several to choose from, only a child of the orphan's parent will do; and one that
+    A child of the orphan's parent, that is, unless none comes up for a while; and one that
     waits for an event to be read is not the child of a userfaultfd that has none.
     """
     known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
     strays = [pid for pid in procfs.pids() if pid not in known and pid != os.getpid()]
     strays = [pid for pid in strays if _maps_store(guard, pid)]
     parent = guard.targets.get(orphan.parent)
-    if parent is not None and len(strays) > 1:
+    if parent is not None:
         with contextlib.suppress(TargetGone):
-            strays = [pid for pid in strays if pid in procfs.children(parent.pid)]
+            children = procfs.children(parent.pid)
+            own = [pid for pid in strays if pid in children]
+            strays = own if own or orphan.tries < _SEARCHES else strays
     if len(strays) != 1:
         return None
     if orphan.uffd_event is not None:

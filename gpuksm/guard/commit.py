@@ -162,7 +162,7 @@ class Committer:
 
     def _validated(self, target: Target, pieces: list[Piece]) -> list[tuple[Piece, int]]:
         """The parts of `pieces` that may be replaced now, each with its protection."""
-        if target.locked_kib() != target.known_locked_kib:
+        if procfs.locked_kib(target.pid) != target.known_locked_kib:
             # What is locked must stay so, and which it is takes too long to ask in a freeze.
             self.outcome.skip("locked", sum(piece.pages for piece in pieces))
             return []
@@ -234,9 +234,9 @@ class Committer:
             merged = bool(target.runs.overlapping(piece.addr, piece.end))
             piece = self._with_border(target, table, piece, behind, merged)
             if piece.pages:
-                size = piece.pages * PAGE_SIZE
-                add = target.add_remap_store if merged else target.add_map_store
-                entries.append((add(table, piece.addr, size, prot, piece.slot or 0), piece, prot))
+                size, slot = piece.pages * PAGE_SIZE, piece.slot or 0
+                index = target.add_map_store(table, piece.addr, size, prot, slot, merged=merged)
+                entries.append((index, piece, prot))
         self._perform(target, table, entries)
 
     def _add_zero(

@@ -34,6 +34,7 @@ def recover(guard: Guard, inherited: dict[str, int]) -> None:
         if orphan.uffd_event is not None:
             guard.orphans.append(orphan)
     children.adopt_orphans(guard)
+    guard.reclaimer.soon()  # the guard before us may have had slots to free
 
 
 def _replay(guard: Guard) -> dict[int, children.Orphan]:

@@ -112,8 +112,15 @@ class Target:
         self.add_unregister(table, page, PAGE_SIZE, tracking=True)
         self.add_register(table, page, PAGE_SIZE)
 
-    def add_map_store(self, table: Table, start: int, length: int, prot: int, slot: int) -> int:
-        """Replace [start, start + length) by the store from `slot` on, then watch it."""
+    def add_map_store(
+        self, table: Table, start: int, length: int, prot: int, slot: int, *, merged: bool = False
+    ) -> int:
+        """Replace [start, start + length) by the store from `slot` on, then watch it.
+
+        What is `merged` there already is unwatched first, or mmap would wait for us.
+        """
+        if merged:
+            self.add_unregister(table, start, length)
         index = table.add(
             arch.current().NR.MMAP,
             start,
@@ -122,33 +129,14 @@ class Target:
             MAP_PRIVATE | MAP_FIXED,
             self.link.agent_store,
             slot * PAGE_SIZE,
+            linked=merged,
         )
         self.add_register(table, start, length)
         return index
-
-    def add_remap_store(self, table: Table, start: int, length: int, prot: int, slot: int) -> int:
-        """`add_map_store` over memory that is merged already: unwatched first, or mmap would wait for us."""
-        self.add_unregister(table, start, length)
-        index = table.add(
-            arch.current().NR.MMAP,
-            start,
-            length,
-            prot,
-            MAP_PRIVATE | MAP_FIXED,
-            self.link.agent_store,
-            slot * PAGE_SIZE,
-            linked=True,
-        )
-        self.add_register(table, start, length)
-        return index
-
-    def locked_kib(self) -> int:
-        """How much memory of the process is locked (mlock) now, in KiB."""
-        return int(procfs.status(self.pid).get("VmLck", "0").split()[0])
 
     def locked(self, start: int) -> bool:
         """True when the VMA that begins at `start` is locked; cheap where nothing is."""
-        return bool(self.locked_kib()) and "lo" in procfs.smaps_flags(self.pid).get(start, ())
+        return bool(procfs.locked_kib(self.pid)) and "lo" in procfs.smaps_flags(self.pid).get(start, ())
 
     def add_map_zeros(self, table: Table, start: int, length: int, prot: int) -> int:
         """Replace merged [start, start + length) by fresh anonymous memory."""
@@ -186,7 +174,7 @@ class Target:
 
     def _unlocked(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """`ranges` (sorted, disjoint) without locked memory, of which there is `known_locked_kib` now."""
-        self.known_locked_kib = self.locked_kib()
+        self.known_locked_kib = procfs.locked_kib(self.pid)
         if not self.known_locked_kib:
             return ranges
         left = []

@@ -177,6 +177,11 @@ def smaps(pid: int) -> list[SmapsVma]:
     return parse_smaps(_read(pid, "smaps"))
 
 
+def locked_kib(pid: int) -> int:
+    """How much memory of process `pid` is locked (mlock), in KiB."""
+    return int(status(pid).get("VmLck", "0").split()[0])
+
+
 def smaps_flags(pid: int) -> dict[int, frozenset[str]]:
     """{VMA start: its VmFlags, two letters each} of process `pid`; costs as much as `smaps`."""
     return {entry.vma.start: entry.flags for entry in smaps(pid)}

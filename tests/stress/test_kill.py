@@ -144,3 +144,24 @@ def test_kill_the_keeper(world: World) -> None:
         _exercise(victims, turn)
         world.scan(*victims)
     _finish(world, victims)
+
+
+def test_successors_leave_nothing_behind(each_world: World) -> None:
+    """One code page in a target, the agent's; and slots that nobody maps are freed although the
+    guard that would have done it later was killed."""
+    world = each_world
+    victims = [world.victim("regions", 1024, 64, seed, "straight") for seed in (1, 2)]
+    victims += [world.victim("purge", 1) for _ in range(2)]
+    first = world.scan(*victims)["pages_shared"]
+    for turn in range(6):
+        os.kill(world.guard_pid(), signal.SIGKILL)
+        for victim in victims:
+            victim.verify()
+            if victim.program == "regions":
+                victim.ask("rewrite" if turn % 2 else f"write 100 {turn}")
+        result = world.scan(*victims)
+    # Those of one turn may still wait to be freed.
+    assert result["pages_shared"] <= 2 * first, "slots of dead guards are kept"
+    for victim in victims:
+        pages = processes.anonymous_code(victim.pid)
+        assert len(pages) <= 1, f"code of ended agents: {pages}"

@@ -167,3 +167,8 @@ def _userfault_flags(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     flags = [set(line.split()[1:]) for line in lines if line.startswith("VmFlags:")]
     return sum(bool(each & {"um", "uw", "ui"}) for each in flags)
+
+
+def anonymous_code(pid: int) -> list[Mapping]:
+    """Executable mappings of no file and no name: agents' code pages, in victims that make none."""
+    return [mapping for mapping in mappings(pid) if "x" in mapping.perms and not mapping.path]
