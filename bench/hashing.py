@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -30,9 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpuksm.hashing import xxh3
-from gpuksm.hashing._jit import kernel
-from gpuksm.hashing._page_kernel import hash_pages
-from gpuksm.hashing.cpu import CHUNK_PAGES, CpuHasher
+from gpuksm.hashing.cpu import CHUNK_PAGES, CpuHasher, hash_pages
 from gpuksm.hashing.crew import Crew, usable_cpus
 from gpuksm.hashing.protocol import PAGE_BYTES
 from gpuksm.hashing.sort import radix_sort
@@ -43,7 +42,7 @@ L2_PAGES = 64  # 256 KiB, as much as any L2 cache holds
 PIECE_PAGES = 1024
 
 
-@kernel("uint64(uint64[::1])")
+@numba.njit("uint64(uint64[::1])", nogil=True)
 def sum_words(words: Any) -> Any:
     """Sum of all words, which the compiler turns into vector additions."""
     total = np.uint64(0)

@@ -1,82 +1,71 @@
-"""How kernels are compiled: ahead of the first call, without the GIL, and kept on disk where that is safe.
+"""How kernels are compiled: ahead of the first call, without the GIL.
 
-Importing this module imports numba, so only modules that are loaded when a
-hasher is created may do so.  Compiled code is kept in `NUMBA_CACHE_DIR`, else
-in the user's own cache folder, never in the installation, which may be
-read-only or another user's.  Where no such folder can be written, kernels are
-compiled anew in every process and all else is the same.
+Importing this module imports numba, so only modules of kernels do, and those are
+imported only to be compiled: see `compiled.py`, which also keeps what comes out.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numba
-from numba.core import config
+from llvmlite import binding  # type: ignore[import-untyped]
+from numba import types
 
-# numba fills its settings in at run time, out of a type checker's sight.
-numba_config: Any = config
-
-
-def _ours(folder: Path) -> bool:
-    """True for a folder, not a link to one, that belongs to this user."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-
-
-def private_folder(base: Path) -> Path | None:
-    """`base`/gpuksm/numba, made where it is missing; None unless all of it is ours and nobody else may write.
-
-    The cache holds machine code that is loaded unseen: as root with the HOME of
-    another user, that user could otherwise have code run as root.
-    """
-    folder = base / "gpuksm" / "numba"
-    try:
-        if not base.exists():
-            base.mkdir(mode=0o700, parents=True)
-        if not _ours(base):
-            return None
-        for part in (folder.parent, folder):
-            part.mkdir(mode=0o700, exist_ok=True)
-            if not _ours(part) or part.lstat().st_mode & 0o022:
-                return None
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept; None when there is no safe place."""
-    if numba_config.CACHE_DIR:
-        return Path(numba_config.CACHE_DIR)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return private_folder(base) if base.is_absolute() else None
+# Functions that the C library defines: all that a kernel's machine code may need from outside.
+_FROM_LIBC = {"memcpy", "memmove", "memset", "memcmp"}
 
 
 def kernel(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function for exactly these signatures, releasing the GIL, cached on disk if possible."""
+    """Compile a function for exactly one signature, to be called by other kernels or as machine code.
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        folder = cache_folder()
-        if folder is not None:
-            before = numba_config.CACHE_DIR
-            numba_config.CACHE_DIR = str(folder)
-            try:
-                return numba.njit(list(signatures), nogil=True, cache=True)(function)
-            except Exception:
-                # A full disk, a truncated or foreign cache file: every way that
-                # a cache can break means the same.  What the kernel itself has
-                # wrong shows again below, where nothing catches it.
-                pass
-            finally:
-                numba_config.CACHE_DIR = before
-        return numba.njit(list(signatures), nogil=True)(function)
+    Nothing of Python's is compiled in: it cannot be called from Python as it is.
+    """
+    alone: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+    return numba.njit(list(signatures), nogil=True, **alone)
 
-    return compiled
+
+class Compiled(NamedTuple):
+    """Machine code of one kernel: its symbol in the object file, its parameters and its result.
+
+    Parameters are "array DTYPE", with " readonly" where that is so, or a kind of
+    `gpuksm.linux.native`; the result is such a kind, or nothing.
+    """
+
+    symbol: str
+    parameters: list[str]
+    result: str
+    code: bytes
+
+
+def machine_code(module: ModuleType) -> dict[str, Compiled]:
+    """The kernels of `module` that others call, by name.  RuntimeError for one that cannot stand alone."""
+    return {
+        name: _machine_code(name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and hasattr(value, "nopython_signatures")
+    }
+
+
+def _machine_code(name: str, dispatcher: Any) -> Compiled:
+    (signature,) = dispatcher.nopython_signatures
+    overload = dispatcher.overloads[signature.args]
+    module = binding.parse_assembly(overload.library.get_llvm_str())
+    declared = {function.name for function in module.functions if function.is_declaration}
+    foreign = {each for each in declared if not each.startswith("llvm.")} - _FROM_LIBC
+    if foreign:
+        raise RuntimeError(f"the kernel {name} needs {', '.join(sorted(foreign))}")
+    return Compiled(
+        overload.fndesc.llvm_func_name,
+        [_parameter(kind) for kind in signature.args],
+        "" if isinstance(signature.return_type, types.NoneType) else _parameter(signature.return_type),
+        bytes(overload.library._get_compiled_object()),
+    )
+
+
+def _parameter(kind: Any) -> str:
+    if isinstance(kind, types.Array) and kind.ndim == 1 and kind.layout == "C":
+        return f"array {kind.dtype.name}{'' if kind.mutable else ' readonly'}"
+    return {types.int64: "i", types.uint64: "u", types.float64: "d"}[kind]

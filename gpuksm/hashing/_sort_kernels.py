@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from gpuksm.hashing._jit import kernel
+from gpuksm.hashing.sort import LSD_BITS, PART_BITS
 
 _READ_ONLY_KEYS = types.Array(types.uint64, 1, "C", readonly=True)
 _KEYS = types.uint64[::1]
@@ -22,14 +23,9 @@ _OFFSETS = types.int64[::1]
 
 _ZERO, _ONE = np.uint64(0), np.uint64(1)  # uint64 with a plain 1 would become float64
 _INSERTION_LIMIT = 32
-_PART_BITS = 11
-_LSD_BITS = 8
+_PART_BITS, _LSD_BITS = PART_BITS, LSD_BITS
 _LSD_RADIX = 1 << _LSD_BITS
-_LSD_PASSES = 64 // _LSD_BITS
-
-# What `sort_buckets` needs as `counts`, the part after _LSD_COUNTS for `_lsd_sort`.
-_LSD_COUNTS = np.uint64(1 << _PART_BITS)
-COUNTS = (1 << _PART_BITS) + _LSD_PASSES * _LSD_RADIX
+_LSD_COUNTS = np.uint64(1 << _PART_BITS)  # where the counters of `_lsd_sort` begin
 
 
 @kernel(types.uint64(_READ_ONLY_KEYS))
@@ -181,7 +177,7 @@ def sort_buckets(
     One counting pass leaves a handful of keys to a part when they are random,
     and inserting those is quickest; parts that stay long are sorted by
     `_lsd_sort`.  The scratch has room for the longest bucket and stays in
-    cache from one to the next; `counts` is uint32[COUNTS].
+    cache from one to the next; `counts` is uint32[SCRATCH_COUNTS].
     """
     for bucket in range(bounds.size - 1):
         mine = keys[bounds[bucket] : bounds[bucket + 1]]

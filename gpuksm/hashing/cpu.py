@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import BackendUnavailable
 from gpuksm.hashing import selftest, xxh3
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.crew import Crew
 from gpuksm.hashing.protocol import PAGE_BYTES, PageSource
 from gpuksm.hashing.sort import radix_sort
@@ -17,7 +18,7 @@ from gpuksm.hashing.sort import radix_sort
 if sys.byteorder != "little":
     raise BackendUnavailable("the cpu backend needs a little-endian machine")
 
-from gpuksm.hashing._page_kernel import hash_pages
+hash_pages = library("gpuksm.hashing._page_kernel").hash_pages
 
 # Large enough that the cost of a read call is spread out, small enough that
 # the chunk is still in the reader's L2 cache when it is hashed.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.crew import Crew, usable_cpus
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ BUCKET_PAIRS = 16384
 MAX_BUCKET_BITS = 11
 # Below this many pairs starting threads costs more than they bring.
 SMALL_PAIRS = 65536
+# Counters that sorting one bucket takes: a part's, and behind them eight passes' of 256.
+PART_BITS, LSD_BITS = 11, 8
+SCRATCH_COUNTS = (1 << PART_BITS) + 64 // LSD_BITS * (1 << LSD_BITS)
+_KERNELS = "gpuksm.hashing._sort_kernels"
 
 
 def radix_sort(
@@ -34,8 +39,7 @@ def radix_sort(
     `threads` 0 means one for each CPU this process may use.  Raises ValueError
     for 2^32 digests or more.
     """
-    # Here and below: numba loads when the first kernel is needed, not before.
-    from gpuksm.hashing import _sort_kernels as kernels
+    kernels = library(_KERNELS)
 
     keys = np.ascontiguousarray(digests, np.uint64)
     count = len(keys)
@@ -46,7 +50,7 @@ def radix_sort(
         sorted_keys, order = keys.copy(), np.arange(count, dtype=np.uint32)
         bounds = np.array([0, count], np.uint32)
         if bits:
-            counts = np.empty(kernels.COUNTS, np.uint32)
+            counts = np.empty(SCRATCH_COUNTS, np.uint32)
             kernels.sort_buckets(
                 sorted_keys, order, np.empty_like(sorted_keys), np.empty_like(order), bounds, bits, counts
             )
@@ -61,7 +65,7 @@ def radix_sort(
 def _sort_in_buckets(
     keys: NDArray[np.uint64], bits: int, crew: Crew
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-    from gpuksm.hashing import _sort_kernels as kernels
+    kernels = library(_KERNELS)
 
     count, slices = len(keys), crew.threads
     bucket_bits = min(bits, MAX_BUCKET_BITS, max(1, (count // BUCKET_PAIRS).bit_length()))
@@ -91,7 +95,7 @@ def _sort_in_buckets(
         np.empty((slices, longest), np.uint64),
         np.empty((slices, longest), np.uint32),
     )
-    part_counts = np.empty((slices, kernels.COUNTS), np.uint32)
+    part_counts = np.empty((slices, SCRATCH_COUNTS), np.uint32)
     share = max(1, (1 << bucket_bits) // (slices * 16))
 
     def sort_share(worker: int, at: int) -> None:
@@ -111,7 +115,7 @@ def _sort_in_buckets(
 
 def group_bounds(sorted_digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(starts int64, lengths int64) of every run of two or more equal digests, in order."""
-    from gpuksm.hashing import _sort_kernels as kernels
+    kernels = library(_KERNELS)
 
     keys = np.ascontiguousarray(sorted_digests, np.uint64)
     starts, lengths = np.empty(len(keys) // 2, np.int64), np.empty(len(keys) // 2, np.int64)
@@ -121,7 +125,7 @@ def group_bounds(sorted_digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64],
 
 def match_sorted(sorted_keys: NDArray[np.uint64], sorted_table: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each key the index of the first equal entry of the table, or -1; both sorted ascending."""
-    from gpuksm.hashing import _sort_kernels as kernels
+    kernels = library(_KERNELS)
 
     found = np.empty(len(sorted_keys), np.int64)
     kernels.merge_join(

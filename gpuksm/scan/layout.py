@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.sort import radix_sort
-from gpuksm.scan import _layout_kernels as kernels
 from gpuksm.scan.columns import I64, ranges_within
 from gpuksm.scan.runs import (
+    KERNELS,
     MAX_COPIES,
     MAX_EXTENT_PAGES,
     TRADE_PAGES,
@@ -54,7 +55,7 @@ def lay_out(pages: Pages, content: I64, contents: Contents, stable: StableTree) 
     copies[replica_content] = replica_size
 
     page_slot = np.empty(len(content), np.int64)
-    top = kernels.assign_slots(
+    top = library(KERNELS).assign_slots(
         walked,
         pages.joins,
         _pair_counts(walked, pages.joins, contents),

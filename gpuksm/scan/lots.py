@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuksm.scan import _layout_kernels as kernels
+from gpuksm.hashing.compiled import library
 from gpuksm.scan.columns import I64
-from gpuksm.scan.runs import VMA_PAGES, Layout, Pages, Runs, ends_well, followed
+from gpuksm.scan.runs import KERNELS, VMA_PAGES, Layout, Pages, Runs, ends_well, followed
 
 VMAS_PER_RUN = 2
 
@@ -38,7 +38,7 @@ def decide(
     kept = np.zeros(len(runs), np.bool_)
     filler = np.full(len(length), -1, np.int64)
     refused = np.zeros(len(runs), np.int64)
-    kernels.spend_budgets(
+    library(KERNELS).spend_budgets(
         np.searchsorted(lot_rank, np.arange(len(length) + 1)),
         size[by_length],
         target,

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from gpuksm.scan.columns import I64, U64, ranges_within
 
+KERNELS = "gpuksm.scan._layout_kernels"  # for `gpuksm.hashing.compiled.library`
+
 # A VMA takes 192 bytes and its share of a maple tree node (/proc/slabinfo).
 VMA_PAGES = 1 / 16
 # What one mapping is worth when layouts are weighed: it also costs time at commit, fork and exit.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
 from gpuksm.linux import procfs
 from gpuksm.scan.columns import PAGE_BYTES, U64
@@ -78,7 +79,7 @@ class RelocatedPages:
 
     def read(self, first: int, count: int, out: NDArray[np.uint8], ok: NDArray[np.bool_]) -> None:
         """See `PageSource.read`."""
-        from gpuksm.scan._relocate_kernel import relocate
+        relocate = library("gpuksm.scan._relocate_kernel").relocate
 
         self._pages.read(first, count, out, ok)
         areas = self._areas

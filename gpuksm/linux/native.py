@@ -1,0 +1,37 @@
+"""Calling machine code at an address: what a compiler in this process has left there.
+
+Arguments are passed by the platform's C convention and the GIL is not held
+meanwhile.  Nothing checks them: a wrong address or kind crashes the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+# One letter an argument: a pointer (an address or None), int64, uint64, float64.
+KINDS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "u": ctypes.c_uint64,
+    "d": ctypes.c_double,
+}
+
+
+def function_at(address: int, kinds: str) -> Callable[..., int]:
+    """The function at `address`, which takes arguments of `kinds` and returns an int32."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, *(KINDS[kind] for kind in kinds))
+    return prototype(address)
+
+
+class Cell:
+    """Eight bytes that a called function may write to, as any of KINDS."""
+
+    def __init__(self, kind: str) -> None:
+        self._cell = KINDS[kind]()
+        self.address = ctypes.addressof(self._cell)
+
+    @property
+    def value(self) -> Any:
+        return self._cell.value
