@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     from gpuksm.scan import ScanOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_KSMD_NICE = 5
 
 _BEFORE = (
     click.option(
@@ -72,6 +78,27 @@ def _adds(decorators: tuple[Callable[[Any], Any], ...]) -> Callable[[Function], 
 
 
 batch, hashing, allowed = _adds(_BEFORE), _adds(_AFTER), _adds(_ALLOWED)
+
+
+def give_way() -> None:
+    """Lower this process's priority to that of ksmd, so that jobs on busy processors come first.
+
+    Not before the guard was started, which would inherit it: a job that is stopped waits for it.
+    """
+    behind = _KSMD_NICE - os.getpriority(os.PRIO_PROCESS, 0)
+    if behind > 0:
+        os.nice(behind)
+
+
+def load_meanwhile() -> None:
+    """Load what scanning needs in a thread, while this one waits for the guard to start."""
+
+    def load() -> None:
+        # What is wrong is told where it is needed.
+        with contextlib.suppress(Exception):
+            importlib.import_module("gpuksm.scan.round")
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def scan_options(given: dict[str, Any], **more: Any) -> ScanOptions:

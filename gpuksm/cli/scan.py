@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     default=2,
     show_default=True,
     metavar="N",
-    help="Rounds over everything; a page merges once it was calm from one round to the next.",
+    help="Most rounds; one after the first looks at what was written meanwhile, if that is worth it.",
 )
 @click.option(
     "--settle",
@@ -60,6 +60,8 @@ def _run(selection: Selection, options: ScanOptions, as_json: bool) -> None:
     from gpuksm.scan import run_scan
 
     requests = targets.resolve(selection)
+    _scanning.load_meanwhile()
     with GuardClient.connect(start=True) as guard, progress.bar() as bar:
+        _scanning.give_way()
         result = run_scan(guard, requests, options, bar)
     _output.show(json.as_object(result), text.scan, as_json)

@@ -17,6 +17,8 @@ from gpuksm.linux import pagemap, procfs
 
 _ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
 _WRITTEN = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_WPALLOWED
+# Where there is no page there is nothing to track: arming it would fill page tables with markers.
+_POPULATED = pagemap.PAGE_IS_PRESENT | pagemap.PAGE_IS_SWAPPED
 
 Range = tuple[int, int]
 
@@ -77,6 +79,7 @@ def _arm(target: Target, start: int, end: int, without: int) -> list[Range]:
         end,
         inverted=without,
         mask=_WRITTEN | without,
+        anyof=_POPULATED,
         ret=pagemap.PAGE_IS_WRITTEN,
         flags=_ARM,
     )

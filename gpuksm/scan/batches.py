@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -37,17 +37,23 @@ def cut(wanted: list[Part], batch_pages: int) -> Iterator[list[Part]]:
 def digest_wanted(
     trackers: list[Tracker], hasher: Hasher, batch_pages: int, progress: Progress
 ) -> dict[int, int]:
-    """Hash every page of `trackers` that has no digest; {pid: pages read}.
+    """Hash every page of `trackers` that has no digest; {pid: pages read}."""
+    return digest([(tracker, tracker.wanted()) for tracker in trackers], hasher, batch_pages, progress.update)
+
+
+def digest(
+    wanted: list[Part], hasher: Hasher, batch_pages: int, report: Callable[[str, int, int], None]
+) -> dict[int, int]:
+    """Hash the pages `wanted` (indices into a tracker's columns); {pid: pages read}.
 
     Each batch looks again, just before it is read, which of its pages are still
     calm: a page that was freed or swapped out since must not be touched.
     """
-    wanted = [(tracker, tracker.wanted()) for tracker in trackers]
     total = sum(len(index) for _, index in wanted)
-    scanned = dict.fromkeys((tracker.pid for tracker in trackers), 0)
+    scanned = dict.fromkeys((tracker.pid for tracker, _ in wanted), 0)
     done = 0
     for batch in cut(wanted, batch_pages):
-        progress.update("hash", done, total)
+        report("hash", done, total)
         done += sum(len(index) for _, index in batch)
         calm = [(tracker, _still_calm(tracker, index)) for tracker, index in batch]
         source = LivePages([(tracker.pid, tracker.columns.address[index]) for tracker, index in calm])
@@ -62,7 +68,7 @@ def digest_wanted(
             tracker.learn(index, digests[at:end], kinds[at:end])
             scanned[tracker.pid] += len(index)
             at = end
-    progress.update("hash", total, total)
+    report("hash", total, total)
     return scanned
 
 

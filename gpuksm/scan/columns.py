@@ -6,10 +6,14 @@ disjoint; page columns are uint64 addresses, ascending.  All of it is vectorised
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
+COLUMN_KERNELS = "gpuksm.scan._column_kernels"  # for `gpuksm.hashing.compiled.library`
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
@@ -25,6 +29,27 @@ def pages_of(starts: U64, ends: U64) -> U64:
     """The address of every page in the stretches [starts, ends)."""
     counts = ((ends - starts) // PAGE_BYTES).astype(np.int64)
     return np.repeat(starts, counts) + ranges_within(counts).astype(np.uint64) * np.uint64(PAGE_BYTES)
+
+
+def cut_stretches(starts: U64, ends: U64, pages: int) -> tuple[U64, U64]:
+    """The same stretches in pieces of at most `pages`."""
+    size = np.uint64(pages * PAGE_BYTES)
+    if not len(starts) or int((ends - starts).max()) <= size:
+        return starts, ends
+    counts = -(-(ends - starts).astype(np.int64) // int(size))
+    low = np.repeat(starts, counts) + ranges_within(counts).astype(np.uint64) * size
+    return low, np.minimum(low + size, np.repeat(ends, counts))
+
+
+def windows(starts: U64, ends: U64, gap: int, size: int) -> Iterator[tuple[int, int]]:
+    """Groups first .. end-1 of stretches less than `gap` bytes apart, that begin within `size` bytes."""
+    if not len(starts):
+        return
+    new = np.concatenate(([True], starts[1:] - ends[:-1] >= gap))
+    group = starts[np.flatnonzero(new)][np.cumsum(new) - 1]
+    part = (starts - group) // np.uint64(size)
+    firsts = np.flatnonzero(np.concatenate(([True], (part[1:] != part[:-1]) | new[1:])))
+    yield from itertools.pairwise([*firsts.tolist(), len(starts)])
 
 
 def count_pages(starts: U64, ends: U64) -> int:

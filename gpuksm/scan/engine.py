@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.scan.columns import I64
+from gpuksm.scan.commits import Commits
 from gpuksm.scan.planner import Plan, make_plan
 from gpuksm.scan.requests import Request, requests
 from gpuksm.scan.runs import Pages
@@ -129,15 +131,27 @@ class Engine:
 
     def merge(self, pages: Pages, living: list[Target]) -> int:
         """Plan over the candidates `pages` of `living` and commit; pages merged or given back."""
-        self.progress.update("plan", 0, 0)
-        self.skipped.clear()
         before = [target.pages_merged + target.zero_pages for target in living]
-        plan = make_plan(pages, self.stable(), self._budgets(living), self.hasher.sort)
+        self.skipped.clear()
+        plan = self.plan(pages, living, self.stable(), self.budgets(living))
+        with Commits() as commits:
+            self.commit(plan, living, commits)
+            commits.finish()
+        return sum(target.pages_merged + target.zero_pages for target in living) - sum(before)
+
+    def plan(self, pages: Pages, living: list[Target], stable: StableTree, budgets: I64) -> Plan:
+        """A plan for `pages` of `living`, and what it leaves out."""
+        self.progress.update("plan", 0, 0)
+        plan = make_plan(pages, stable, budgets, self.hasher.sort)
         for index, target in enumerate(living):
             target.left_out = plan.skipped[index]
             target.unshared = int(plan.unshared[index])
-        self._commit(plan, living)
-        return sum(target.pages_merged + target.zero_pages for target in living) - sum(before)
+        return plan
+
+    @property
+    def known_stable(self) -> StableTree:
+        """The stable tree as it was fetched last."""
+        return self._stable
 
     def stable(self) -> StableTree:
         """The stable tree; fetched only when the store has changed."""
@@ -147,27 +161,31 @@ class Engine:
             self._generation = int(reply["generation"])
         return self._stable
 
-    def _budgets(self, living: list[Target]) -> I64:
+    def budgets(self, living: list[Target]) -> I64:
+        """How many mappings each target may gain, as the guard says."""
         status, _ = self.client.request("status")
         left = {int(item["target"]): item["vma_budget"] or 0 for item in status["targets"]}
         return np.array([max(0, int(left.get(target.ident, 0))) for target in living], np.int64)
 
-    def _commit(self, plan: Plan, living: list[Target]) -> None:
+    def commit(self, plan: Plan, living: list[Target], commits: Commits) -> None:
+        """Have `commits` send the requests of `plan`; its numbers are entered as the guard answers."""
         ids = np.array([target.ident for target in living], np.int64)
         total = int(plan.runs.pages.sum() + plan.zeros.pages.sum())
         done = 0
         for request in requests(plan):
-            self.progress.update("commit", done, total)
-            reply, column = self.client.request(
-                "commit",
-                request.payload(ids),
-                extents=len(request.extents),
-                records=len(request.records),
-                max_pause_us=self.options.max_pause_us,
-            )
-            self._account(request, reply, np.frombuffer(column, "<u4"), living)
+            commits.put(partial(self._send, request, ids, living, done, total))
             done += request.merging_pages
-        self.progress.update("commit", total, total)
+
+    def _send(self, request: Request, ids: I64, living: list[Target], done: int, total: int) -> None:
+        self.progress.update("commit", done, total)
+        reply, column = self.client.request(
+            "commit",
+            request.payload(ids),
+            extents=len(request.extents),
+            records=len(request.records),
+            max_pause_us=self.options.max_pause_us,
+        )
+        self._account(request, reply, np.frombuffer(column, "<u4"), living)
 
     def _account(self, request: Request, reply: dict[str, Any], merged: Any, living: list[Target]) -> None:
         self.pauses_us += [int(pause) for pause in reply["pauses_us"]]

@@ -16,15 +16,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuksm.errors import NoSuchProcess, TargetGone
+from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
-from gpuksm.scan.columns import PAGE_BYTES
-from gpuksm.scan.engine import Engine, error_of
-from gpuksm.scan.tracker import gather
+from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages
+from gpuksm.scan.engine import Engine, Target, error_of
+from gpuksm.scan.slices import merge_everything
+from gpuksm.scan.tracker import Tracker, gather
+from gpuksm.scan.trees import StableTree
 from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
 
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient
+
+_NOTHING: U64 = np.empty((0, 2), np.uint64)
+# Fewer written pages of each target than this are not worth another pass: being stopped for a
+# commit alone makes each thread write one (the kernel does, to its rseq area).
+_FEW_PAGES = 16
+# What the guard could not do then, but may do now.
+_TRY_AGAIN = ("busy", "stopped")
 
 
 def run(
@@ -56,9 +66,12 @@ class _Scan:
         store_before = int(self.client.request("status")[0]["store_bytes"])
         before = measure.snapshot(request.pid for request in wanted)
         self._attach(wanted)
-        self.engine.open_hasher(int(hello.get("seed", 0)))
-        for number in range(self.options.passes):
-            self._round(number)
+        self._first_pass(int(hello.get("seed", 0)))
+        for number in range(1, self.options.passes):
+            if self._checksums:
+                self._checksum_pass(number)
+            elif not self._further_pass(number):
+                break
         self.progress.update("measure", 0, 0)
         status, _ = self.client.request("status")
         after = measure.snapshot(before)
@@ -72,26 +85,70 @@ class _Scan:
             raise error_of(targets[0].refusal or {})
         self.progress.update("attach", len(wanted), len(wanted))
 
-    # -- one round ---------------------------------------------------------------
+    # -- passes ------------------------------------------------------------------
 
-    def _round(self, number: int) -> None:
+    @property
+    def _checksums(self) -> bool:
+        """Whether there is no write tracking: then only a second digest tells what is calm."""
+        return any(target.tracker is not None and target.tracker.unarmed for target in self.engine.targets)
+
+    def _first_pass(self, seed: int) -> None:
+        armed = time.monotonic()
         self._arm()
-        self.progress.update("settle", number, self.options.passes)
-        time.sleep(self.options.settle_seconds)
+        self.engine.open_hasher(seed)  # takes a while, in which memory settles
+        self._look(0, armed)
+        living = self.engine.living()
+        self._count(merge_everything(self.engine, living), living)
+
+    def _checksum_pass(self, number: int) -> None:
+        """All over again."""
+        self._look(number, time.monotonic())
+        living = self.engine.living()
+        self._count(merge_everything(self.engine, living), living)
+
+    def _further_pass(self, number: int) -> bool:
+        """Look only at what was written before the last arming; False when that is not worth it."""
+        armed = time.monotonic()
+        written = self._arm()
+        again = any(self.engine.skipped.get(reason) for reason in _TRY_AGAIN)
+        if not again and all(count_pages(*pair.T) < _FEW_PAGES for pair in written.values()):
+            return False
+        self._settle(number, armed)
+        for target in self.engine.living():
+            assert target.tracker is not None
+            try:
+                _look_again(target.tracker, written.get(target.pid, _NOTHING))
+            except TargetGone:
+                target.leave()
+        living = self.engine.living()
+        trackers = [target.tracker for target in living if target.tracker is not None]
+        fresh = [tracker.wanted() for tracker in trackers]
+        batch_pages, hasher = self.options.batch_pages, self.engine.hasher
+        self._count(digest_wanted(trackers, hasher, batch_pages, self.progress), living)
+        if again or equals_elsewhere(trackers, fresh, self.engine.stable()):
+            self.engine.merge(gather(trackers), living)
+        return True
+
+    def _look(self, number: int, armed: float) -> None:
+        self._settle(number, armed)
         for target in self.engine.living():
             assert target.tracker is not None
             try:
                 target.tracker.look()
             except TargetGone:
                 target.leave()
-        trackers = [target.tracker for target in self.engine.living() if target.tracker is not None]
-        scanned = digest_wanted(trackers, self.engine.hasher, self.options.batch_pages, self.progress)
-        for target in self.engine.living():
-            target.pages_scanned += scanned.get(target.pid, 0)
-        living = self.engine.living()
-        self.engine.merge(gather([target.tracker for target in living if target.tracker is not None]), living)
 
-    def _arm(self) -> None:
+    def _settle(self, number: int, since: float) -> None:
+        self.progress.update("settle", number, self.options.passes)
+        time.sleep(max(0.0, since + self.options.settle_seconds - time.monotonic()))
+
+    def _count(self, scanned: dict[int, int], living: list[Target]) -> None:
+        for target in living:
+            target.pages_scanned += scanned.get(target.pid, 0)
+
+    def _arm(self) -> dict[int, U64]:
+        """Arm all; {pid: stretches (n, 2) that had been written since the last time}."""
+        found = {}
         for target in self.engine.living():
             assert target.tracker is not None
             try:
@@ -99,7 +156,8 @@ class _Scan:
             except (TargetGone, NoSuchProcess):
                 target.leave()
                 continue
-            target.tracker.forget(np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64))
+            found[target.pid] = np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)
+        return found
 
     # -- the result --------------------------------------------------------------
 
@@ -144,3 +202,26 @@ class _Scan:
             pauses_us=tuple(self.engine.pauses_us),
             targets=reports,
         )
+
+
+def _look_again(tracker: Tracker, written: U64) -> None:
+    """Drop what was `written` or is no longer calm, and find what of it is calm now; TargetGone."""
+    low, high = written[:, 0].copy(), written[:, 1].copy()
+    tracker.drop(low, high)
+    tracker.prune()
+    tracker.plan_anew()
+    if len(low):
+        tracker.look_at(low, high)
+    tracker.count_volatile()
+
+
+def equals_elsewhere(trackers: list[Tracker], fresh: list[I64], stable: StableTree) -> bool:
+    """Whether a page of `fresh` (indices into each tracker's columns) is all zeros or equals any other."""
+    pages = gather(trackers)
+    new = gather(trackers, [index[t.columns.known[index]] for t, index in zip(trackers, fresh, strict=True)])
+    digest = np.unique(new.digest)
+    return (
+        bool((new.kind == KIND_ZERO).any())
+        or int(np.isin(pages.digest, digest).sum()) > len(digest)
+        or bool(np.isin(stable.digest, digest).any())
+    )

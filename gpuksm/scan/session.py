@@ -25,7 +25,7 @@ from gpuksm.scan.columns import I64, PAGE_BYTES, U64
 from gpuksm.scan.engine import Engine, Target
 from gpuksm.scan.follow import Follower
 from gpuksm.scan.runs import Pages
-from gpuksm.scan.tracker import gather, within_user
+from gpuksm.scan.tracker import gather, user_key
 from gpuksm.scan.types import Progress, ScanOptions, TargetRequest
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Session:
             columns = follower.tracker.columns
             index = index[columns.known[index]]
             zero = columns.kind[index] == KIND_ZERO
-            digest = within_user(follower.tracker, columns)[index]
+            digest = columns.digest[index] ^ user_key(follower.tracker)
             found.append(np.where(zero, np.uint64(0), digest) if use_zero_pages else digest[~zero])
         return sum(scanned.values()), np.concatenate(found)
 

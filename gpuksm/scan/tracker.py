@@ -21,9 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.errors import TargetGone
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, procfs
-from gpuksm.scan.columns import PAGE_BYTES, U64, count_pages, inside, intersect, pages_of
+from gpuksm.scan.columns import (
+    COLUMN_KERNELS,
+    I64,
+    PAGE_BYTES,
+    U64,
+    count_pages,
+    cut_stretches,
+    inside,
+    intersect,
+    stretches_of,
+    windows,
+)
 from gpuksm.scan.runs import Pages
 
 _CAPACITY = 65536
@@ -120,46 +132,52 @@ class PageMap:
         table = np.concatenate(found)
         return intersect(table[:, 0], table[:, 1], self.low, self.high)
 
-    def starts_region(self, address: U64) -> NDArray[np.bool_]:
-        """For each address whether a region starts there."""
-        return inside(address, self.low, self.low + np.uint64(1))
+    def starts_of(self, address: U64) -> I64:
+        """Indices into `address` (ascending) of the pages at which a region starts."""
+        at = np.searchsorted(address, self.low)
+        at = at[at < len(address)]
+        return at[np.isin(address[at], self.low)]
 
     def exclusive(self, address: U64) -> NDArray[np.bool_]:
         """For each page whether it is present, anonymous and mapped by this process alone."""
-        result = np.zeros(len(address), np.bool_)
-        if not len(address):
-            return result
-        page = address // PAGE_BYTES
-        new = np.concatenate(([True], np.diff(page) > _WINDOW_GAP_PAGES))
-        # Long windows are cut as well, so that the buffer stays small.
-        window = np.cumsum(new)
-        start_of = page[np.flatnonzero(new)][window - 1]
-        cut = np.concatenate(([True], np.diff((page - start_of) // _WINDOW_PAGES) != 0)) | new
-        firsts = np.flatnonzero(cut)
-        for first, last in zip(firsts.tolist(), np.append(firsts[1:], len(page)).tolist(), strict=True):
-            base = int(page[first])
-            entries = np.zeros(int(page[last - 1]) - base + 1, np.uint64)
+        first, pages = stretches_of(address)
+        low = address[first]
+        found = self.exclusive_in(low, low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES))
+        at = np.minimum(np.searchsorted(found, address), max(len(found) - 1, 0))
+        return found[at] == address if len(found) else np.zeros(len(address), np.bool_)
+
+    def exclusive_in(self, low: U64, high: U64) -> U64:
+        """Addresses of the pages in [low, high) that are present, anonymous and no other process's."""
+        low, high = cut_stretches(low, high, _WINDOW_PAGES)
+        out = np.empty(count_pages(low, high), np.uint64)
+        pick = library(COLUMN_KERNELS).pick_entries
+        wanted = pagemap.ENTRY_PRESENT | pagemap.ENTRY_EXCLUSIVE
+        count = 0
+        for first, end in windows(low, high, _WINDOW_GAP_PAGES * PAGE_BYTES, _WINDOW_PAGES * PAGE_BYTES):
+            base = int(low[first])
+            entries = np.empty((int(high[end - 1]) - base) // PAGE_BYTES, np.uint64)
             try:
-                pagemap.read_entries(self._fd, base * PAGE_BYTES, entries.data)
+                got = pagemap.read_entries(self._fd, base, entries.data)
             except OSError as error:
                 raise _gone_or(error, self.pid) from None
-            picked = entries[(page[first:last] - np.uint64(base)).astype(np.int64)]
-            wanted = np.uint64(pagemap.ENTRY_PRESENT | pagemap.ENTRY_EXCLUSIVE)
-            result[first:last] = picked & (wanted | np.uint64(pagemap.ENTRY_FILE)) == wanted
-        return result
+            entries[got:] = 0
+            count = pick(
+                entries,
+                base // PAGE_BYTES,
+                low[first:end],
+                high[first:end],
+                wanted | pagemap.ENTRY_FILE,
+                wanted,
+                out,
+                count,
+            )
+        return out[:count].copy() if count < len(out) // 2 else out[:count]
 
     def present_exclusive(self) -> U64:
         """Addresses of all present anonymous pages of the regions that no other process maps."""
         if pagemap.probe():
-            address = pages_of(*self.select(PRESENT_MASK, PRESENT_INVERTED))
-            return address[self.exclusive(address)]
-        found = [np.empty(0, np.uint64)]
-        step = _WINDOW_PAGES * PAGE_BYTES
-        for low, high in zip(self.low.tolist(), self.high.tolist(), strict=True):
-            for at in range(low, high, step):
-                address = np.arange(at, min(at + step, high), PAGE_BYTES, dtype=np.uint64)
-                found.append(address[self.exclusive(address)])
-        return np.concatenate(found)
+            return self.exclusive_in(*self.select(PRESENT_MASK, PRESENT_INVERTED))
+        return self.exclusive_in(self.low, self.high)
 
 
 def _gone_or(error: OSError, pid: int) -> Exception:
@@ -191,6 +209,7 @@ class Tracker:
         self.user = procfs.user(pid)
         self.columns = empty_columns()
         self.volatile = 0
+        self._planned = np.empty(0, np.bool_)
         self._checksum = checksum
         self._unarmed = checksum or passive
         self._previous = empty_columns()
@@ -223,9 +242,12 @@ class Tracker:
             self.columns = carry_over(empty_columns(), address)
             self.volatile = 0
             return
-        address = pages_of(*self.map.select(CALM_MASK, CALM_INVERTED))
-        address = address[self.map.exclusive(address)]
+        address = self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED))
         self.columns = carry_over(self.columns, address)
+        self.count_volatile()
+
+    def count_volatile(self) -> None:
+        """Set `volatile`: pages written since they were armed last; TargetGone."""
         written = pagemap.PAGE_IS_WRITTEN | PRESENT_MASK
         self.volatile = count_pages(*self.map.select(written, PRESENT_INVERTED))
 
@@ -243,8 +265,7 @@ class Tracker:
     def look_at(self, low: U64, high: U64) -> None:
         """Add the pages in the stretches [low, high) that are calm now, without a digest; TargetGone."""
         found = self.map.select(CALM_MASK, CALM_INVERTED, int(low[0]), int(high[-1]))
-        address = pages_of(*intersect(*found, low, high))
-        address = address[self.map.exclusive(address)]
+        address = self.map.exclusive_in(*intersect(*found, low, high))
         if len(address):
             self.columns = carry_over(self.columns, np.union1d(self.columns.address, address))
 
@@ -252,11 +273,11 @@ class Tracker:
         address, digest, kind, known = self.columns
         self.columns = Columns(address[keep], digest[keep], kind[keep], known[keep])
 
-    def wanted(self) -> NDArray[np.int64]:
+    def wanted(self) -> I64:
         """Indices into `columns` of the pages that have no digest."""
         return np.flatnonzero(~self.columns.known)
 
-    def still_calm(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def still_calm(self, index: I64) -> I64:
         """Those of `index` whose pages are calm at this moment (just before they are read)."""
         if not len(index):
             return index
@@ -266,53 +287,73 @@ class Tracker:
             return index[self.map.exclusive(address)]
         return index[inside(address, *self.map.select(CALM_MASK, CALM_INVERTED, low, high))]
 
-    def learn(self, index: NDArray[np.int64], digest: U64, kind: NDArray[np.uint8]) -> None:
+    def learn(self, index: I64, digest: U64, kind: NDArray[np.uint8]) -> None:
         """Enter what hashing the pages `index` gave."""
         self.columns.digest[index] = digest
         self.columns.kind[index] = kind
         self.columns.known[index] = kind != KIND_UNREADABLE
 
-    def candidates(self) -> Columns:
-        """The pages that may be merged: calm, and with a digest."""
-        keep = self.columns.known.copy()
+    @property
+    def unarmed(self) -> bool:
+        """True without write tracking: nobody tells what was written."""
+        return self._unarmed
+
+    def candidates(self) -> I64:
+        """Indices into `columns` of the pages that may be merged: calm, with a digest, not yet planned."""
+        keep = self.columns.known
         if self._checksum:
             before = carry_over(self._previous, self.columns.address)
-            keep &= before.known & (before.digest == self.columns.digest)
+            keep = keep & before.known & (before.digest == self.columns.digest)
             self.volatile = int(self.columns.known.sum() - keep.sum())
-        address, digest, kind, known = self.columns
-        return Columns(address[keep], digest[keep], kind[keep], known[keep])
+        if len(self._planned) == len(keep):
+            keep = keep & ~self._planned
+        return np.flatnonzero(keep)
+
+    def plan(self, index: I64) -> None:
+        """From now on the pages `index` are no candidates, until `columns` change or `plan_anew`."""
+        if len(self._planned) != len(self.columns.address):
+            self._planned = np.zeros(len(self.columns.address), np.bool_)
+        self._planned[index] = True
+
+    def plan_anew(self) -> None:
+        """All pages may be candidates again."""
+        self._planned = np.empty(0, np.bool_)
 
 
-def gather(trackers: Sequence[Tracker]) -> Pages:
-    """The candidates of all trackers as the planner's columns, in their order."""
-    columns: list[Columns] = [tracker.candidates() for tracker in trackers]
-    counts = [len(column.address) for column in columns]
-    address = np.concatenate([np.empty(0, np.uint64), *(column.address for column in columns)])
-    joins = np.zeros(len(address), np.bool_)
+def gather(trackers: Sequence[Tracker], chosen: Sequence[I64] | None = None) -> Pages:
+    """The candidates of all trackers as the planner's columns, in their order.
+
+    `chosen` are indices into the columns of each, ascending; None: all its candidates.
+    """
+    if chosen is None:
+        chosen = [tracker.candidates() for tracker in trackers]
+    counts = [len(index) for index in chosen]
+    total = sum(counts)
+    target, address = np.empty(total, np.uint32), np.empty(total, np.uint64)
+    digest, kind = np.empty(total, np.uint64), np.empty(total, np.uint8)
+    joins, watched = np.zeros(total, np.bool_), np.zeros(total, np.bool_)
     at = 0
-    for tracker, column, count in zip(trackers, columns, counts, strict=True):
-        follows = np.diff(column.address) == PAGE_BYTES
-        joins[at + 1 : at + count] = follows & ~tracker.map.starts_region(column.address[1:])
-        at += count
-    return Pages(
-        np.repeat(np.arange(len(trackers), dtype=np.uint32), counts),
-        address,
-        np.concatenate([np.empty(0, np.uint64), *map(within_user, trackers, columns)]),
-        np.concatenate([np.empty(0, np.uint8), *(column.kind for column in columns)]),
-        joins,
-        np.concatenate([np.empty(0, np.bool_), *map(_watched, trackers, columns)]),
-    )
+    for number, (tracker, index) in enumerate(zip(trackers, chosen, strict=True)):
+        part = slice(at, at + len(index))
+        at += len(index)
+        columns = tracker.columns
+        target[part] = number
+        np.take(columns.address, index, out=address[part])
+        np.take(columns.kind, index, out=kind[part])
+        np.take(columns.digest, index, out=digest[part])
+        digest[part] ^= user_key(tracker)
+        mine = address[part]
+        if len(index):
+            np.equal(mine[1:], mine[:-1] + np.uint64(PAGE_BYTES), out=joins[part][1:])
+            joins[part][tracker.map.starts_of(mine)] = False
+        if len(tracker.merged_low):
+            watched[part] = inside(mine + np.uint64(PAGE_BYTES), tracker.merged_low, tracker.merged_high)
+    return Pages(target, address, digest, kind, joins, watched)
 
 
-def _watched(tracker: Tracker, column: Columns) -> NDArray[np.bool_]:
-    """Which pages have merged memory right behind them."""
-    return inside(column.address + np.uint64(PAGE_BYTES), tracker.merged_low, tracker.merged_high)
-
-
-def within_user(tracker: Tracker, column: Columns) -> U64:
-    """Digests that differ between users, whose pages are never merged with each other.
+def user_key(tracker: Tracker) -> np.uint64:
+    """What digests are changed by so that they differ between users, whose pages are never merged.
 
     The guard enforces that; here it only keeps useless candidates out of the plan.
     """
-    key = (tracker.user + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-    return column.digest ^ np.uint64(key)
+    return np.uint64((tracker.user + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuksm.hashing.sort import match_sorted, radix_sort
-from gpuksm.scan.columns import I64, U64, ranges_within
+from gpuksm.hashing.compiled import library
+from gpuksm.hashing.sort import radix_sort
+from gpuksm.scan.columns import COLUMN_KERNELS, I64, U64, ranges_within
 
 Sort = Callable[[U64], tuple[U64, NDArray[np.uint32]]]
 
@@ -77,28 +78,12 @@ def join(digest: U64, target: NDArray[np.uint32], stable: StableTree, sort: Sort
     A content gets a number when two pages have it, or a page and a stable slot.
     """
     ordered, order = sort(digest)
-    new = np.ones(len(ordered), np.bool_)
-    new[1:] = ordered[1:] != ordered[:-1]
-    starts = np.flatnonzero(new)
-    sizes = np.diff(np.append(starts, len(ordered)))
-    unique = ordered[starts]
-
     stable_ordered, stable_order = sort(stable.digest)
-    match = match_sorted(stable_ordered, unique)
-    match[stable_ordered == 0] = -1
-    wanted = sizes >= 2
-    wanted[match[match >= 0]] = True
-
-    # The -1 behind it is what index -1, no match, picks.
-    number = np.append(np.where(wanted, np.cumsum(wanted) - 1, -1), -1)
-    page = np.empty(len(digest), np.int64)
-    page[order] = np.repeat(number[:-1], sizes)
-    slot = np.empty(len(stable.digest), np.int64)
-    slot[stable_order] = number[match]
-
+    page, slot = np.empty(len(digest), np.int64), np.empty(len(stable.digest), np.int64)
+    repeats = np.empty(len(digest), np.bool_)
     # The sort is stable and pages come target by target: equal neighbours are of one target
     # exactly where a target has a content twice.
-    twice = np.flatnonzero(~new[1:] & (target[order][1:] == target[order][:-1]))
-    repeats = np.zeros(int(wanted.sum()), np.bool_)
-    repeats[page[order[twice]]] = True
-    return Contents(page, slot, repeats, len(repeats))
+    count = library(COLUMN_KERNELS).number_contents(
+        ordered, order, target, stable_ordered, stable_order, page, slot, repeats
+    )
+    return Contents(page, slot, repeats[:count].copy(), count)

@@ -119,7 +119,7 @@ def test_only_what_was_written_and_then_calm_is_looked_at(area, follower):
     assert round_of(follower, area, 5) == [50]
     assert round_of(follower, area, 6) == []
     assert follower.volatile == 0
-    assert len(follower.tracker.candidates().address) == 41
+    assert len(follower.tracker.columns.address[follower.tracker.candidates()]) == 41
 
 
 def test_what_an_earlier_scanner_armed_is_found_too(area, follower):
@@ -139,7 +139,7 @@ def test_new_regions_are_looked_at_and_gone_ones_pruned(area, follower):
     follower.refreshed([[middle, area.end, 3]], [], 0.0)
     assert round_of(follower, area, 2) == list(range(32, 64))
     follower.tracker.prune()
-    assert area.number(follower.tracker.candidates().address) == list(range(32, 64))
+    assert area.number(follower.tracker.columns.address[follower.tracker.candidates()]) == list(range(32, 64))
 
 
 def test_a_changed_size_asks_for_a_refresh(follower):

@@ -1,0 +1,111 @@
+"""A first pass over much memory, in slices: while the guard merges one, the next is read.
+
+A slice is the same share of every target, by address: processes that do the same
+lay their memory out alike, so most of what is equal meets within a slice.  What
+found no partner there is joined with everything else at the end.  A slice may
+spend mappings in proportion to its size only, so that long runs in later ones are
+not left without.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpuksm.hashing.protocol import KIND_ZERO
+from gpuksm.scan.batches import digest
+from gpuksm.scan.columns import I64, ranges_within
+from gpuksm.scan.commits import Commits
+from gpuksm.scan.engine import Engine, Target
+from gpuksm.scan.planner import Plan
+from gpuksm.scan.runs import Pages
+from gpuksm.scan.tracker import Tracker, gather
+from gpuksm.scan.trees import join
+
+# Pages of a slice: large enough that planning it takes no longer than planning all at once.
+SLICE_PAGES = 1 << 18
+
+
+def merge_everything(engine: Engine, living: list[Target]) -> dict[int, int]:
+    """Hash, plan and commit all pages of `living` that were found calm; {pid: pages read}."""
+    trackers = [target.tracker for target in living if target.tracker is not None]
+    wanted = [tracker.wanted() for tracker in trackers]
+    total = sum(map(len, wanted))
+    count = max(1, total // SLICE_PAGES)
+    budgets, stable = engine.budgets(living), engine.stable()
+    scanned: dict[int, int] = {}
+    done = 0
+
+    def report(stage: str, at: int, _total: int) -> None:
+        engine.progress.update(stage, done + at, total)
+
+    with Commits() as commits:
+        for number in range(count):
+            share = [index[_share(index, number, count)] for index in wanted]
+            read = digest(
+                list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
+            )
+            done += sum(map(len, share))
+            for pid, pages in read.items():
+                scanned[pid] = scanned.get(pid, 0) + pages
+            if count == 1:
+                break
+            known = [
+                index[tracker.columns.known[index]] for tracker, index in zip(trackers, share, strict=True)
+            ]
+            spend = budgets // (count - number)
+            plan = engine.plan(gather(trackers, known), living, stable, spend)
+            budgets -= _mark(plan, trackers, known)
+            engine.commit(plan, living, commits)
+        _merge_rest(engine, living, trackers, commits)
+        commits.finish()
+    return scanned
+
+
+def _share(index: I64, number: int, count: int) -> slice:
+    return slice(len(index) * number // count, len(index) * (number + 1) // count)
+
+
+def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:
+    """Note what `plan` takes of the pages `chosen`; mappings that it costs each target at most."""
+    first = np.concatenate((plan.runs.first, plan.zeros.first))
+    pages = np.concatenate((plan.runs.pages, plan.zeros.pages))
+    taken = np.zeros(len(plan.pages.address), np.bool_)
+    taken[np.repeat(first, pages) + ranges_within(pages)] = True
+    at = 0
+    for tracker, index in zip(trackers, chosen, strict=True):
+        tracker.plan(index[taken[at : at + len(index)]])
+        at += len(index)
+    return 2 * np.bincount(plan.pages.target[plan.runs.first], minlength=len(trackers)).astype(np.int64)
+
+
+def _merge_rest(engine: Engine, living: list[Target], trackers: list[Tracker], commits: Commits) -> None:
+    """Plan what no slice has taken and what has an equal anywhere."""
+    left = [tracker.candidates() for tracker in trackers]
+    some = _with_equals(engine, trackers, left)
+    unshared = [len(index) - len(kept) for index, kept in zip(left, some, strict=True)]
+    for target in living:
+        target.left_out, target.unshared = {}, 0
+    if any(map(len, some)):
+        commits.finish()
+        pages = gather(trackers, some)
+        plan = engine.plan(pages, living, engine.stable(), engine.budgets(living))
+        engine.commit(plan, living, commits)
+    for target, pages_alone in zip(living, unshared, strict=True):
+        target.unshared += pages_alone
+
+
+def _with_equals(engine: Engine, trackers: list[Tracker], left: list[I64]) -> list[I64]:
+    """Those of the pages `left` that are zeros, or equal another page or a slot of the store."""
+    everything = [np.flatnonzero(tracker.columns.known) for tracker in trackers]
+    if all(len(index) == len(other) for index, other in zip(left, everything, strict=True)):
+        return left  # nothing was planned yet: the plan itself will tell
+    pages: Pages = gather(trackers, everything)
+    contents = join(pages.digest, pages.target, engine.known_stable, engine.hasher.sort)
+    worth = (contents.page >= 0) | (pages.kind == KIND_ZERO)
+    found = []
+    at = 0
+    for index, other in zip(left, everything, strict=True):
+        mine = other[worth[at : at + len(other)]]
+        found.append(np.intersect1d(index, mine, assume_unique=True))
+        at += len(other)
+    return found
