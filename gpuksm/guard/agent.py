@@ -34,9 +34,9 @@ TABLE_ENTRIES = 4000
 AUX_OFFSET = 0x41000
 AUX_BYTES = 0xE000
 _ENTRY_BYTES = 64
-_ENTRY = struct.Struct("<IIqQQQQQQ")
+_ENTRY = struct.Struct("<IIqqqqqqq")
 _LINKED = 1
-_U64 = (1 << 64) - 1
+_NO_ARGUMENTS = (0, 0, 0, 0, 0, 0)
 _DONE_OFFSET = 32
 _SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
 WAIT_NS = 2_000_000_000
@@ -59,10 +59,9 @@ class Table:
         return len(self.entries) // _ENTRY_BYTES
 
     def add(self, number: int, *arguments: int, linked: bool = False) -> int:
-        padded = [argument & _U64 for argument in arguments] + [0] * (6 - len(arguments))
-        self.entries += _ENTRY.pack(0, _LINKED if linked else 0, number, *padded)
+        self.entries += _ENTRY.pack(0, linked, number, *arguments, *_NO_ARGUMENTS[len(arguments) :])
         self.unlinked += not linked
-        return len(self) - 1
+        return len(self.entries) // _ENTRY_BYTES - 1
 
     def room(self, entries: int, aux_bytes: int) -> bool:
         """True when this many more entries and auxiliary bytes fit."""

@@ -22,6 +22,7 @@ The intent stands in the journal, so the successor finds what was mapped.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,21 +40,30 @@ from gpuksm.linux._libc import PAGE_SIZE
 _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
 _NOT = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_FILE | pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
 _MAX_SLICE_PIECES = 900
+_GROUP = 64  # runs that are watched by one entry at most: the agent is not stopped within
 _ENTRY_WEIGHT, _PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; `Pace` corrects them
 
 
-@dataclass
 class Pace:
-    """How much fits into one pause: a running ratio of measured to guessed microseconds."""
+    """How much fits into one pause, by what the last pauses took.
 
-    ratio: float = 1.0
+    The median of them counts: one that was long because a processor was taken away says nothing
+    about the next, and slices that are too small cost more than they spare.
+    """
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque([1.0], maxlen=15)  # microseconds measured to guessed
 
     def limit(self, max_pause_us: int) -> float:
-        return max(50.0, 0.6 * max_pause_us / self.ratio)
+        """Guessed microseconds that a slice may take."""
+        median = sorted(self._ratios)[len(self._ratios) // 2]
+        ratio = min(5.0, max(0.2, median))
+        return max(50.0, 0.6 * max_pause_us / ratio)
 
     def learn(self, weight: float, pause_us: float) -> None:
+        """Note what a slice of `weight` guessed microseconds took."""
         if weight > 200:
-            self.ratio = min(20.0, max(0.2, 0.7 * self.ratio + 0.3 * pause_us / weight))
+            self._ratios.append(pause_us / weight)
 
 
 @dataclass
@@ -184,7 +194,7 @@ class Committer:
                 if vma is None or not vma.start <= at.addr < vma.end:
                     vma = target.query(at.addr)
                 pages = at.pages if vma is None else min(at.pages, (vma.end - at.addr) // PAGE_SIZE)
-                head = at._replace(pages=pages)
+                head = at if pages == at.pages else at._replace(pages=pages)
                 reason = self._refusal(target, head, vma)
                 if vma is None or reason is not None:
                     self.outcome.skip(reason or "unmapped", pages)
@@ -210,7 +220,7 @@ class Committer:
             return "zeros-in-merged"
         if target.has_border_in(piece.addr, piece.end):
             return "border-page"
-        if any(low < piece.end and piece.addr < high for low, high in target.tainted):
+        if target.tainted and any(low < piece.end and piece.addr < high for low, high in target.tainted):
             return "moved"
         return None
 
@@ -221,76 +231,71 @@ class Committer:
         return merged[0].slot * PAGE_SIZE - vma.offset == merged[0].start - vma.start
 
     def _map(self, target: Target, valid: list[tuple[Piece, int]], following: Piece | None) -> None:
-        table = Table()
-        entries: list[tuple[int, Piece, int]] = []
+        batch = _Batch(target)
         for index, (piece, prot) in enumerate(valid):
-            if not table.room(6, 160):
-                self._perform(target, table, entries)
-                table, entries = Table(), []
+            if not batch.room():
+                self._perform(target, batch)
+                batch = _Batch(target)
             if piece.slot is None:
-                self._add_zero(target, table, entries, piece, prot)
+                batch.add_zeros(piece, prot)
                 continue
             behind = valid[index + 1][0] if index + 1 < len(valid) else following
             merged = bool(target.runs.overlapping(piece.addr, piece.end))
-            piece = self._with_border(target, table, piece, behind, merged)
+            if self._needs_border(target, piece, behind):
+                piece = self._with_border(batch, piece, merged)
             if piece.pages:
-                size, slot = piece.pages * PAGE_SIZE, piece.slot or 0
-                index = target.add_map_store(table, piece.addr, size, prot, slot, merged=merged)
-                entries.append((index, piece, prot))
-        self._perform(target, table, entries)
+                batch.add_run(piece, prot, merged)
+        self._perform(target, batch)
 
-    def _add_zero(
-        self, target: Target, table: Table, entries: list[tuple[int, Piece, int]], piece: Piece, prot: int
-    ) -> None:
-        size = piece.pages * PAGE_SIZE
-        index = table.add(arch.current().NR.MADVISE, piece.addr, size, MADV_DONTNEED)
-        entries.append((index, piece, prot))
-
-    def _with_border(
-        self, target: Target, table: Table, piece: Piece, behind: Piece | None, merged: bool
-    ) -> Piece:
-        """`piece`, without its last page when that has to be a border page."""
+    def _needs_border(self, target: Target, piece: Piece, behind: Piece | None) -> bool:
+        """Whether growth of `piece` would show other slots, or foreign memory behind it."""
         assert piece.slot is not None
-        slot_end = piece.slot + piece.pages
-        if self.store.ends_at_hole(slot_end) or target.is_watched_behind(piece.end):
-            return piece
         if piece.end in self.continued:
-            return piece
+            return False
         if behind is not None and behind.addr == piece.end and behind.slot is not None:
             # Mapped next, in this slice or (the same run, cut for its length) in the following one.
-            return piece
-        if merged:
-            # Its last page stays in the run that it is in, which is watched and ends well already.
-            self.outcome.skip("border-page", 1)
-            return piece._replace(pages=piece.pages - 1)
-        border = piece.end - PAGE_SIZE
-        target.add_border(table, border)
-        target.borders.add(border)
-        self.journal.append(BORDER, target.id, border)
+            return False
+        if self.store.ends_at_hole(piece.slot + piece.pages):
+            return False
+        return not target.is_watched_behind(piece.end)
+
+    def _with_border(self, batch: _Batch, piece: Piece, merged: bool) -> Piece:
+        """`piece` without its last page, which becomes a border page."""
         self.outcome.skip("border-page", 1)
+        if not merged:
+            border = piece.end - PAGE_SIZE
+            batch.add_border(border)
+            batch.target.borders.add(border)
+            self.journal.append(BORDER, batch.target.id, border)
+        # What is merged keeps its last page in the run that it is in, which is watched and ends well.
         return piece._replace(pages=piece.pages - 1)
 
-    def _perform(self, target: Target, table: Table, entries: list[tuple[int, Piece, int]]) -> None:
-        runs = [Run(p.addr, p.end, p.slot) for _, p, _ in entries if p.slot is not None]
-        before = {run.start: target.runs.overlapping(run.start, run.end) for run in runs}
-        self.journal.append_runs(MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
-        for run in runs:
-            target.runs.add(run)
+    def _perform(self, target: Target, batch: _Batch) -> None:
+        batch.close()
+        runs = [Run(p.addr, p.end, p.slot) for p, _, _ in batch.runs if p.slot is not None]
+        before = {
+            p.addr: target.runs.overlapping(p.addr, p.end) for p, _, _ in batch.runs if p.addr in batch.merged
+        }
+        self.journal.append_runs(MAP, target.id, runs)
+        target.runs.add_all(runs)
         if runs:
             target.keep_in_core_dumps()
         faults.point("commit-intent")
-        results = target.link.agent.perform(table)
-        for index, piece, prot in entries:
-            if piece.slot is None:
-                if results[index] == 0:
-                    self.outcome.done(piece, piece.pages)
-                else:
-                    self.outcome.skip("madvise-failed", piece.pages)
-            elif results[index] == piece.addr and results[index + 1] == 0:
+        results = target.link.agent.perform(batch.table)
+        for piece, index in batch.zeros:
+            if results[index] == 0:
                 self.outcome.done(piece, piece.pages)
-                self.outcome.remerged_pages += piece.pages if before[piece.addr] else 0
             else:
-                self._cure(target, piece, prot, before[piece.addr])
+                self.outcome.skip("madvise-failed", piece.pages)
+        failed = []
+        for (piece, prot, index), watched in zip(batch.runs, batch.watched, strict=True):
+            if results[index] == piece.addr and results[watched] == 0:
+                self.outcome.done(piece, piece.pages)
+                self.outcome.remerged_pages += piece.pages if piece.addr in before else 0
+            else:
+                failed.append((piece, prot))
+        for piece, prot in failed:
+            self._cure(target, piece, prot, before.get(piece.addr, []))
 
     def _cure(self, target: Target, piece: Piece, prot: int, before: list[Run]) -> None:
         """A mapping failed, or could not be watched: make the memory right again (hazard 12).
@@ -323,6 +328,67 @@ class Committer:
             self.outcome.skip("unwatched", piece.pages)
 
 
+class _Batch:
+    """What the agent is to do in one go.
+
+    Runs that lie behind each other are mapped one by one and then watched by one entry,
+    linked: all of that happens, or none of it.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.table = Table()
+        self.runs: list[tuple[Piece, int, int]] = []  # with protection, and index of the mmap
+        self.watched: list[int] = []  # for each of them the index of the entry that watches it
+        self.zeros: list[tuple[Piece, int]] = []
+        self.merged: set[int] = set()  # addresses of those that replace merged memory
+        self._first = 0  # of `runs`: where the open group begins
+
+    def room(self) -> bool:
+        """Whether a run with a border page still fits, and what closes the group."""
+        return self.table.room(8, 192)
+
+    def add_zeros(self, piece: Piece, _protection: int) -> None:
+        """Give the pages of `piece` back."""
+        self.close()
+        size = piece.pages * PAGE_SIZE
+        self.zeros.append((piece, self.table.add(arch.current().NR.MADVISE, piece.addr, size, MADV_DONTNEED)))
+
+    def add_border(self, page: int) -> None:
+        """Watch the private page at `page`."""
+        self.close()
+        self.target.add_border(self.table, page)
+
+    def add_run(self, piece: Piece, prot: int, merged: bool) -> None:
+        """Map the slots of `piece` over it; what is `merged` there already is unwatched first."""
+        group = self.runs[self._first :]
+        joins = bool(group) and group[-1][0].end == piece.addr and len(group) < _GROUP and not merged
+        if not joins:
+            self.close()
+        index = self.target.add_map_store(
+            self.table,
+            piece.addr,
+            piece.pages * PAGE_SIZE,
+            prot,
+            piece.slot or 0,
+            merged=merged,
+            linked=joins,
+        )
+        self.runs.append((piece, prot, index))
+        if merged:
+            self.merged.add(piece.addr)
+            self.close()
+
+    def close(self) -> None:
+        """Watch what was mapped since the last time."""
+        count = len(self.runs) - self._first
+        if count:
+            start, end = self.runs[self._first][0].addr, self.runs[-1][0].end
+            index = self.target.add_register(self.table, start, end - start)
+            self.watched += [index] * count
+            self._first += count
+
+
 def put_back(target: Target, store: Store, piece: Piece, prot: int) -> None:
     """A failed mmap left a hole where `piece` was: anonymous memory with the slots' bytes."""
     fill_hole(target, store, Run(piece.addr, piece.end, piece.slot or 0), prot)
@@ -341,11 +407,15 @@ def _intersect(pieces: list[Piece], ranges: list[tuple[int, int]]) -> list[Piece
     parts: list[Piece] = []
     index = 0
     for piece in pieces:
+        end = piece.end
         while index < len(ranges) and ranges[index][1] <= piece.addr:
             index += 1
+        if index < len(ranges) and ranges[index][0] <= piece.addr and end <= ranges[index][1]:
+            parts.append(piece)
+            continue
         at = index
-        while at < len(ranges) and ranges[at][0] < piece.end:
-            low, high = max(piece.addr, ranges[at][0]), min(piece.end, ranges[at][1])
+        while at < len(ranges) and ranges[at][0] < end:
+            low, high = max(piece.addr, ranges[at][0]), min(end, ranges[at][1])
             skipped = (low - piece.addr) // PAGE_SIZE
             slot = None if piece.slot is None else piece.slot + skipped
             parts.append(Piece(piece.record, low, (high - low) // PAGE_SIZE, slot))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 RECORD = struct.Struct("<IIQQQ")
@@ -49,7 +49,7 @@ class Journal:
         body = RECORD.pack(kind, target, a, b, c) + column
         self._write(body)
 
-    def append_runs(self, kind: int, target: int, runs: list[tuple[int, int, int]]) -> None:
+    def append_runs(self, kind: int, target: int, runs: Sequence[tuple[int, int, int]]) -> None:
         """Many MAP or UNMAP records in one write."""
         self._write(b"".join(RECORD.pack(kind, target, *run) for run in runs))
 

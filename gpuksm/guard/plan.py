@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from gpuksm import wire
 from gpuksm.errors import TargetGone, UsageError
@@ -29,6 +29,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 
 _MAX_PAGES = 1 << 20
 _WINDOW_PAGES = 1 << 14
+_SHORT_PAGES, _SHORT_RUNS = 16, 1 << 15
 
 _FILLS = (wire.OP_FILL, wire.OP_FILL_REPLICA)
 _REPLACES = (wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO)
@@ -49,11 +50,10 @@ class Host(Protocol):
     def drop(self, target: Target) -> None: ...
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """One plan record with its slots resolved."""
 
-    index: int
+    record: int
     op: int
     target: int
     addr: int
@@ -85,7 +85,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     planned = [_resolve(record, index, starts, slots) for index, record in enumerate(plan)]
     _remember(host, planned, digests)
     outcome = Outcome()
-    ends: dict[int, list[int]] = {}
+    ends: dict[int, set[int]] = {}
     cut = _cut_to_windows(planned)
     continued = {(part.target, part.end) for part in cut if part.continued}
     for portion in _portions(cut):
@@ -94,7 +94,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
         _verify(host, portion, pieces, outcome)
         for number, mine in pieces.items():
             # A run in front of a piece that failed may have lost what was watched behind it.
-            ends.setdefault(number, []).extend(
+            ends.setdefault(number, set()).update(
                 end for piece in mine if piece.slot is not None for end in (piece.addr, piece.end)
             )
             going_on = {end for target, end in continued if target == number}
@@ -192,13 +192,15 @@ def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
         if item.extent is None or item.op == wire.OP_FILL_REPLICA:
             parts.append(item)
             continue
+        if (item.slot - item.extent) % _WINDOW_PAGES + item.pages <= _WINDOW_PAGES:
+            parts.append(item)
+            continue
         at = 0
         while at < item.pages:
             in_window = _WINDOW_PAGES - (item.slot + at - item.extent) % _WINDOW_PAGES
             pages = min(in_window, item.pages - at)
             parts.append(
-                replace(
-                    item,
+                item._replace(
                     addr=item.addr + at * PAGE_SIZE,
                     pages=pages,
                     slot=item.slot + at,
@@ -210,8 +212,16 @@ def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
 
 
 def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
-    """Groups of parts to be carried out one after the other; what is filled comes before what maps it."""
-    ordered = sorted(parts, key=lambda part: (_window(part), part.op not in _FILLS))
+    """Groups of parts to be carried out one after the other; what is filled comes before what maps it.
+
+    Short runs that have only such neighbours come last, by address: they are then mapped
+    together, however far apart their slots are, and none of them has to end in a border page.
+    """
+    short = _short_chains(parts)
+    ordered = sorted(
+        (part for part in parts if part.record not in short),
+        key=lambda part: (_window(part), part.op not in _FILLS),
+    )
     portion: list[Planned] = []
     filled = 0
     for index, part in enumerate(ordered):
@@ -221,6 +231,30 @@ def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
         if last or (filled >= _WINDOW_PAGES and _window(ordered[index + 1]) != _window(part)):
             yield portion
             portion, filled = [], 0
+    last_ones = sorted((part for part in parts if part.record in short), key=_place)
+    for at in range(0, len(last_ones), _SHORT_RUNS):
+        yield last_ones[at : at + _SHORT_RUNS]
+
+
+def _short_chains(parts: list[Planned]) -> set[int]:
+    """Records of runs that only map few pages, as do all that follow each other around them."""
+    found: set[int] = set()
+    chain: list[Planned] = []
+    for part in sorted((part for part in parts if part.op in _REPLACES), key=_place):
+        if chain and (chain[-1].target, chain[-1].end) != (part.target, part.addr):
+            found.update(_if_short(chain))
+            chain = []
+        chain.append(part)
+    return found.union(_if_short(chain))
+
+
+def _if_short(chain: list[Planned]) -> list[int]:
+    short = all(part.op == wire.OP_MAP and part.pages < _SHORT_PAGES for part in chain)
+    return [part.record for part in chain] if short else []
+
+
+def _place(part: Planned) -> tuple[int, int]:
+    return part.target, part.addr
 
 
 def _window(part: Planned) -> tuple[int, int]:
@@ -249,7 +283,7 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
             host.drop(target)
             continue
         if done:
-            pieces.setdefault(item.target, []).append(Piece(item.index, item.addr, done, item.slot))
+            pieces.setdefault(item.target, []).append(Piece(item.record, item.addr, done, item.slot))
         outcome.skip("unreadable", item.pages - done)
     faults.point("filled")
 
@@ -273,9 +307,9 @@ def _verify(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], 
             if target is not None and target.user != host.store.user_of(item.slot):
                 outcome.skip("other-user", item.pages)
                 continue
-            wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, item.slot))
+            wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, item.slot))
         elif item.op == wire.OP_ZERO:
-            wanted.setdefault(item.target, []).append(Piece(item.index, item.addr, item.pages, None))
+            wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, None))
     tids: dict[int, int] = {}
     for number in list(wanted):
         target = host.targets.get(number)
@@ -327,11 +361,11 @@ def _commit(
         outcome.skip(reason, max(0, pages - (outcome.accounted - before)))
 
 
-def _settle(host: Host, ends: dict[int, list[int]], outcome: Outcome) -> None:
+def _settle(host: Host, ends: dict[int, set[int]], outcome: Outcome) -> None:
     """Border pages for runs whose continuation did not make it into a later slice or portion."""
     for number, mine in ends.items():
         target = host.targets.get(number)
-        loose = [end for end in mine if target is not None and is_loose(target, host.store, end)]
+        loose = [end for end in sorted(mine) if target is not None and is_loose(target, host.store, end)]
         if target is not None and loose:
             _reason(host, target, lambda target=target, loose=loose: _fix(host, target, loose))  # type: ignore[misc]
 

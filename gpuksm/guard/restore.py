@@ -160,10 +160,10 @@ def restore_all(
 
 def is_loose(target: Target, store: Store, end: int) -> bool:
     """True when a run ends at `end` inside its extent and nothing watched lies behind it."""
-    run = target.runs.at(end - PAGE_SIZE)
-    if run is None or run.end != end or store.ends_at_hole(run.slot_end):
+    if target.is_watched_behind(end):
         return False
-    return not target.is_watched_behind(end)
+    run = target.runs.at(end - PAGE_SIZE)
+    return run is not None and run.end == end and not store.ends_at_hole(run.slot_end)
 
 
 def fix_ends(target: Target, store: Store, journal: Journal, ends: list[int]) -> None:

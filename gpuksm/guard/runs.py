@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gpuksm.linux._libc import PAGE_SIZE
@@ -53,11 +53,12 @@ class Runs:
 
     def overlapping(self, start: int, end: int) -> list[Run]:
         """The parts of runs inside [start, end), in order."""
-        index = max(0, bisect.bisect_right(self._starts, start) - 1)
-        found = []
-        while index < len(self._runs) and self._runs[index].start < end:
-            if self._runs[index].end > start:
-                found.append(self._runs[index].cut(start, end))
+        index = bisect.bisect_right(self._starts, start) - 1
+        if index < 0 or self._runs[index].end <= start:
+            index += 1
+        found: list[Run] = []
+        while index < len(self._runs) and self._starts[index] < end:
+            found.append(self._runs[index].cut(start, end))
             index += 1
         return found
 
@@ -93,6 +94,31 @@ class Runs:
             del self._runs[index], self._starts[index]
         self._runs.insert(index, run)
         self._starts.insert(index, run.start)
+
+    def add_all(self, runs: Sequence[Run]) -> None:
+        """`add` each of `runs` (ascending, disjoint); quick where nothing lies in or between them."""
+        if not runs:
+            return
+        at = bisect.bisect_left(self._starts, runs[0].start)
+        free = not at or self._runs[at - 1].end <= runs[0].start
+        if not free or (at < len(self._starts) and self._starts[at] < runs[-1].end):
+            for run in runs:
+                self.add(run)
+            return
+        joined = [runs[0]]
+        for run in runs[1:]:
+            if self._joins(joined[-1], run):
+                joined[-1] = Run(joined[-1].start, run.end, joined[-1].slot)
+            else:
+                joined.append(run)
+        # The first and the last may join what is there.
+        inner = joined[1:-1]
+        self._runs[at:at] = inner
+        self._starts[at:at] = [run.start for run in inner]
+        self.pages += sum(run.pages for run in inner)
+        self.add(joined[0])
+        if len(joined) > 1:
+            self.add(joined[-1])
 
     @staticmethod
     def _joins(left: Run, right: Run) -> bool:

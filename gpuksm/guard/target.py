@@ -88,16 +88,20 @@ class Target:
 
     def has_border_in(self, start: int, end: int) -> bool:
         """True when a border page lies in [start, end)."""
+        if end - start == PAGE_SIZE:
+            return start in self.borders
         if (end - start) // PAGE_SIZE <= len(self.borders):
             return any(page in self.borders for page in range(start, end, PAGE_SIZE))
         return any(start <= page < end for page in self.borders)
 
     # -- entries for the agent -------------------------------------------------
 
-    def add_register(self, table: Table, start: int, length: int) -> None:
-        """Watch [start, start + length); linked to the entry before."""
+    def add_register(self, table: Table, start: int, length: int) -> int:
+        """Watch [start, start + length); linked to the entry before.  The index of its result."""
         argument = self.link.agent.aux_address(table, uffd.register_argument(start, length))
-        table.add(arch.current().NR.IOCTL, self.link.agent_event, uffd.UFFDIO_REGISTER, argument, linked=True)
+        return table.add(
+            arch.current().NR.IOCTL, self.link.agent_event, uffd.UFFDIO_REGISTER, argument, linked=True
+        )
 
     def add_unregister(
         self, table: Table, start: int, length: int, *, tracking: bool = False, linked: bool = False
@@ -113,15 +117,24 @@ class Target:
         self.add_register(table, page, PAGE_SIZE)
 
     def add_map_store(
-        self, table: Table, start: int, length: int, prot: int, slot: int, *, merged: bool = False
+        self,
+        table: Table,
+        start: int,
+        length: int,
+        prot: int,
+        slot: int,
+        *,
+        merged: bool = False,
+        linked: bool = False,
     ) -> int:
-        """Replace [start, start + length) by the store from `slot` on, then watch it.
+        """Replace [start, start + length) by the store from `slot` on; `add_register` must follow.
 
-        What is `merged` there already is unwatched first, or mmap would wait for us.
+        What is `merged` there already is unwatched first, or mmap would wait for us.  The index of
+        its result.
         """
         if merged:
             self.add_unregister(table, start, length)
-        index = table.add(
+        return table.add(
             arch.current().NR.MMAP,
             start,
             length,
@@ -129,10 +142,8 @@ class Target:
             MAP_PRIVATE | MAP_FIXED,
             self.link.agent_store,
             slot * PAGE_SIZE,
-            linked=merged,
+            linked=merged or linked,
         )
-        self.add_register(table, start, length)
-        return index
 
     def locked(self, start: int) -> bool:
         """True when the VMA that begins at `start` is locked; cheap where nothing is."""

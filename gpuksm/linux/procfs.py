@@ -179,7 +179,7 @@ def smaps(pid: int) -> list[SmapsVma]:
 
 def locked_kib(pid: int) -> int:
     """How much memory of process `pid` is locked (mlock), in KiB."""
-    return int(status(pid).get("VmLck", "0").split()[0])
+    return _smaps_number(_read(pid, "status"), b"\nVmLck:")
 
 
 def smaps_flags(pid: int) -> dict[int, frozenset[str]]:

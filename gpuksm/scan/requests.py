@@ -1,8 +1,9 @@
 """Turns a plan into commit requests, as docs/architecture.md lays them out.
 
-Requests are small (some 64 MiB of new slots, a few thousand records), so that
-progress can be seen; only an extent is never torn apart, since a run inside one
-extent is one mapping.
+Requests are small (some 256 MiB of new slots, some hundred thousand records), so that
+progress can be seen and others get their turn; but not so small that neighbours in
+a target's memory are often in two of them, for between requests a run must end in
+safety.  An extent is never torn apart, since a run inside one extent is one mapping.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ assert EXTENT_DTYPE.itemsize == wire.EXTENT_RECORD.size
 
 # What counts as much as one new slot when requests are cut.
 _PAGES_PER_SLOT = 8
-_RECORDS_PER_REQUEST = 4096
-_SLOTS_PER_REQUEST = 16384
+_RECORDS_PER_REQUEST = 1 << 17
+_SLOTS_PER_REQUEST = 1 << 16
 
 
 @dataclass(frozen=True)

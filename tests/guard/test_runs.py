@@ -47,3 +47,25 @@ def test_like_a_dictionary_of_pages(steps: list[tuple[bool, int, int, int]]) -> 
         for probe in range(50):
             run = runs.at(probe * PAGE_SIZE)
             assert (run is not None) == (probe in model)
+
+
+@given(
+    STEPS, st.integers(0, 40), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(0, 60)))
+)
+def test_many_at_once_are_as_one_by_one(
+    steps: list[tuple[bool, int, int, int]], page: int, many: list[tuple[int, int, int]]
+) -> None:
+    one, other = Runs(), Runs()
+    for _, place, pages, slot in steps:
+        for runs in (one, other):
+            runs.add(Run(place * PAGE_SIZE, (place + pages) * PAGE_SIZE, slot))
+    fresh = []
+    for gap, pages, slot in many:
+        page += gap
+        fresh.append(Run(page * PAGE_SIZE, (page + pages) * PAGE_SIZE, slot))
+        page += pages
+    for run in fresh:
+        one.add(run)
+    other.add_all(fresh)
+    assert list(one) == list(other)
+    assert one.pages == other.pages
