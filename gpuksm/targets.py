@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import psutil
-
 from gpuksm import eligibility, errors
 from gpuksm.client import GuardClient
 from gpuksm.linux import cgroup, procfs
 
 if TYPE_CHECKING:
+    import psutil
+
     from gpuksm.scan import TargetRequest
 
 HOW_TO_REGISTER = (
@@ -140,6 +140,8 @@ def check_named(pid: int) -> None:
 
 
 def _trees(roots: tuple[int, ...], *, strict: bool) -> list[int]:
+    import psutil  # here and below: not for what names its processes by pid
+
     pids: list[int] = []
     for root in roots:
         try:
@@ -168,6 +170,8 @@ def _registered() -> list[tuple[int, tuple[tuple[int, int], ...] | None]]:
 
 def _matching(selection: Selection) -> Iterable[int]:
     """Pids that match every pattern given."""
+    import psutil
+
     uid = None if selection.user is None else _uid(selection.user)
     try:
         pattern = None if selection.name is None else re.compile(selection.name)
@@ -195,6 +199,8 @@ def _matching(selection: Selection) -> Iterable[int]:
 
 def _can_be_target(process: psutil.Process) -> bool:
     """Whether a pattern may pick this process up at all; what can be helped is the guard's to report."""
+    import psutil
+
     try:
         if process.pid == 1 or eligibility.is_own(process.pid):
             return False

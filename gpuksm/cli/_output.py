@@ -26,6 +26,18 @@ def show(found: dict[str, Any], render: Callable[[dict[str, Any]], RenderableTyp
     Console(width=width, highlight=False, soft_wrap=False).print(render(found))
 
 
+def rendered(name: str) -> Callable[[dict[str, Any]], RenderableType]:
+    """`gpuksm.report.text`'s function `name`, which is loaded only when it is called."""
+
+    def render(found: dict[str, Any]) -> RenderableType:
+        from gpuksm.report import text
+
+        made: RenderableType = getattr(text, name)(found)
+        return made
+
+    return render
+
+
 def note(line: str) -> None:
     """One line for the user that is not part of the result."""
     print("gpuksm:", printable(line), file=sys.stderr, flush=True)

@@ -31,10 +31,10 @@ def command(selection: Selection, same_layout: bool, as_json: bool) -> None:
 def run(selection: Selection, options: ScanOptions, as_json: bool, *, same_layout: bool = False) -> None:
     """Estimate and print; also what `gpuksm scan --dry-run` does.  Starts no guard."""
     from gpuksm import targets
-    from gpuksm.report import json, progress, text
+    from gpuksm.report import json, progress
     from gpuksm.scan import run_estimate
 
     requests = targets.resolve(selection)
     with progress.bar() as bar:
         result = run_estimate(requests, options, bar, same_layout=same_layout)
-    _output.show(json.as_object(result), text.estimate, as_json)
+    _output.show(json.as_object(result), _output.rendered("estimate"), as_json)

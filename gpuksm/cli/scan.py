@@ -56,7 +56,7 @@ def command(
 def _run(selection: Selection, options: ScanOptions, as_json: bool) -> None:
     from gpuksm import targets
     from gpuksm.client import GuardClient
-    from gpuksm.report import json, progress, text
+    from gpuksm.report import json, progress
     from gpuksm.scan import run_scan
 
     requests = targets.resolve(selection)
@@ -64,4 +64,4 @@ def _run(selection: Selection, options: ScanOptions, as_json: bool) -> None:
     with GuardClient.connect(start=True) as guard, progress.bar() as bar:
         _scanning.give_way()
         result = run_scan(guard, requests, options, bar)
-    _output.show(json.as_object(result), text.scan, as_json)
+    _output.show(json.as_object(result), _output.rendered("scan"), as_json)

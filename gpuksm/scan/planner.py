@@ -61,9 +61,13 @@ class Plan:
 def make_plan(pages: Pages, stable: StableTree, budgets: I64, sort: Sort = radix_sort) -> Plan:
     """Plan one round.  `budgets` int64: VMAs each target may gain."""
     zero = pages.kind == KIND_ZERO
-    content = np.full(len(zero), -1, np.int64)
-    contents = join(pages.digest[~zero], pages.target[~zero], stable, sort)
-    content[~zero] = contents.page
+    if zero.any():
+        contents = join(pages.digest[~zero], pages.target[~zero], stable, sort)
+        content = np.full(len(zero), -1, np.int64)
+        content[~zero] = contents.page
+    else:
+        contents = join(pages.digest, pages.target, stable, sort)
+        content = contents.page
     layout, runs = lay_out(pages, content, contents, stable)
     decided = decide(pages, layout, runs, budgets)
     zeros = cut_long(stretches_in(zero, pages.joins & zero))

@@ -15,7 +15,8 @@ from gpuksm import eligibility
 from gpuksm.client import GuardClient
 from gpuksm.errors import NoSuchProcess
 from gpuksm.linux import pagemap, procfs
-from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan
+from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan, slices
+from gpuksm.scan import round as round_module
 
 MIB = 1 << 20
 # 8 MiB of equal memory, 4 MiB of its own, zeros, a constant; and 1 MiB that is written all the time.
@@ -25,6 +26,7 @@ def area(size, data):
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory[:] = data
     return memory
+padding = area(4096 + int(sys.argv[1]) * {MIB}, os.urandom(4096 + int(sys.argv[1]) * {MIB}))
 same = area(8 * {MIB}, random.Random(5).randbytes(8 * {MIB}))
 own = area(4 * {MIB}, os.urandom(4 * {MIB}))
 zeros = area(2 * {MIB}, bytes(2 * {MIB}))
@@ -35,7 +37,8 @@ def scribble():
         for page in range(0, {MIB}, 4096):
             busy[page] = (busy[page] + 1) % 256
         time.sleep(0.001)
-threading.Thread(target=scribble, daemon=True).start()
+if int(sys.argv[2]):
+    threading.Thread(target=scribble, daemon=True).start()
 sums = [zlib.crc32(part) for part in (same, own, zeros, constant)]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -47,10 +50,13 @@ for line in sys.stdin:
 def workers():
     started = []
 
-    def start(count):
+    def start(count, padding=0, busy=True):
         fresh = [
             subprocess.Popen(
-                [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", WORKER, str(padding), str(int(busy))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for _ in range(count)
         ]
@@ -133,6 +139,36 @@ def test_three_workers_are_merged_and_later_ones_join_them(guard, workers):
     assert joined.targets[3].pages_merged >= 2048 + 512 + 512 - 10
     assert joined.pages_shared <= result.pages_shared + 400  # its equal part needs no new slots
     assert all(unharmed(worker) for worker in first + fourth)
+
+
+@pytest.mark.parametrize("slice_pages", [700, 5000])
+def test_slices_find_what_one_pass_finds(guard, workers, monkeypatch, slice_pages):
+    monkeypatch.setattr(slices, "SLICE_PAGES", slice_pages)
+    # Their equal memory is not at the same share of each: other sizes come before it.
+    trio = workers(2) + workers(1, padding=3)
+    result = scan(guard, trio, passes=1, batch_pages=1000)
+    assert result.pages_merged >= 3 * (2048 + 512 + 512)
+    assert 2048 < result.pages_shared < 2048 + 2300
+    assert result.zero_pages >= 3 * 512
+    assert result.pages_unshared >= 3 * 1024
+    assert all(unharmed(worker) for worker in trio)
+    again = scan(guard, trio)
+    assert again.pages_merged < 300
+
+
+def test_a_second_pass_needs_a_reason(guard, workers, monkeypatch):
+    """It looks only at what was written since, and not at all when that is next to nothing."""
+    looked = []
+    monkeypatch.setattr(round_module, "_look_again", lambda tracker, written: looked.append(written))
+    quiet = workers(2, busy=False)
+    began = time.monotonic()
+    scan(guard, quiet, passes=5, settle_seconds=1.0)
+    assert not looked
+    assert time.monotonic() - began < 4  # one settle, not five
+    monkeypatch.undo()
+    busy = workers(2)
+    result = scan(guard, busy, passes=2)
+    assert result.pages_volatile >= 100
 
 
 def test_a_target_that_cannot_be_attached_is_reported_and_the_rest_is_scanned(guard, workers):
