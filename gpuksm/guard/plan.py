@@ -148,13 +148,15 @@ def _check_disjoint(records: list[tuple[int, ...]]) -> None:
 def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> list[int]:
     """First slots of the new extents; each belongs to the user whose process fills it first."""
     users: dict[int, int] = {}
-    for op, flags, _, target, _, _, extent, *_ in records:
+    pages: dict[int, int] = {}
+    for op, flags, _, target, addr, _, extent, slot, *_ in records:
         if op in _FILLS and flags & wire.FLAG_NEW_EXTENT and target in host.targets:
             users.setdefault(extent, host.targets[target].user)
+            pages.setdefault(extent, addr // PAGE_SIZE - slot)
     starts = []
     for index, count in enumerate(slots):
         user = users.get(index, NOBODY)
-        start = host.store.allocate(count, user)
+        start = host.store.allocate(count, user, pages.get(index, 0))
         host.journal.append(journal.EXTENT, 0, start, count, user)
         starts.append(start)
     return starts
@@ -264,6 +266,7 @@ def _window(part: Planned) -> tuple[int, int]:
 
 
 def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
+    filled, extents, before = 0, set[int](), host.store.used_bytes()
     for item in portion:
         if item.op not in _FILLS:
             continue
@@ -274,9 +277,10 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
             outcome.skip("other-user", item.pages)
             continue
         tid = target.link.agent.tid
+        extents.add(item.extent)
         try:
             if item.op == wire.OP_FILL_REPLICA:
-                verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
+                filled += verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
                 continue
             done = verify.fill(host.store, tid, item.addr, item.pages, item.slot, host.breathe)
         except ProcessLookupError:
@@ -284,7 +288,10 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
             continue
         if done:
             pieces.setdefault(item.target, []).append(Piece(item.record, item.addr, done, item.slot))
+        filled += done
         outcome.skip("unreadable", item.pages - done)
+    if host.store.used_bytes() - before > filled * PAGE_SIZE:
+        host.store.trim(extents)
     faults.point("filled")
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gpuksm.errors import FeatureMissing
 from gpuksm.linux._libc import PAGE_SIZE
@@ -28,7 +28,8 @@ from gpuksm.linux.memory import punch_hole
 STORE_BYTES = 1 << 62
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
-_LARGE_EXTENT = 512
+_HUGE = 512  # pages of a huge page
+_LARGE_EXTENT = _HUGE
 NOBODY = (1 << 32) - 1  # the user of an extent that nothing fills
 
 
@@ -58,9 +59,15 @@ class Store:
         self.generation = 0  # goes up whenever what `extents` tells has changed
         self._next = _LARGE_EXTENT  # slot 0 is never used: offset 0 is what careless code maps
 
-    def allocate(self, slots: int, user: int) -> int:
-        """First slot of a new extent for processes of `user`; its digests are all unknown (0)."""
+    def allocate(self, slots: int, user: int, page: int = 0) -> int:
+        """First slot of a new extent for processes of `user`; its digests are all unknown (0).
+
+        A large one is congruent, by huge pages, to the page number `page` that fills it: where
+        shared memory gets huge pages, the run is then mapped by huge page table entries.
+        """
         start = self._next
+        if slots >= _HUGE:
+            start += (page - start) % _HUGE
         self.adopt(start, slots, user)
         return start
 
@@ -75,7 +82,7 @@ class Store:
         self._slots.append(slots)
         self._digests.append(bytes(8 * slots))
         self._users.append(user)
-        # Congruent extents could share one huge page table entry; alignment also keeps index nodes shared.
+        # Alignment keeps index nodes shared.
         self._next = start + slots + hole_behind(slots)
         if slots >= _LARGE_EXTENT:
             self._next = -(-self._next // _LARGE_EXTENT) * _LARGE_EXTENT
@@ -127,6 +134,21 @@ class Store:
         got = os.preadv(self.fd, [into], slot * PAGE_SIZE)
         if got != into.nbytes:
             raise OSError(5, "short read of the store")
+
+    def trim(self, starts: Iterable[int]) -> None:
+        """Give back what filling the extents at `starts` allocated around them.
+
+        Where the kernel gives shared memory huge pages by itself, each small extent would take one.
+        """
+        for start in starts:
+            index = self._index(start)
+            end = start + self._slots[index]
+            before = self._starts[index - 1] + self._slots[index - 1] if index else 0
+            after = self._starts[index + 1] if index + 1 < len(self._starts) else end + _HUGE
+            low, high = max(before, start // _HUGE * _HUGE), min(after, -(-end // _HUGE) * _HUGE)
+            for first, last in ((low, start), (end, high)):
+                if first < last:
+                    punch_hole(self.fd, first * PAGE_SIZE, (last - first) * PAGE_SIZE)
 
     def free(self, mapped: Sequence[tuple[int, int]]) -> int:
         """Punch every allocated slot outside `mapped` (sorted, disjoint [start, end)); slots freed."""

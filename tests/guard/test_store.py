@@ -29,6 +29,39 @@ def test_every_extent_is_followed_by_its_hole(sizes: list[int]) -> None:
         os.close(store.read_only)
 
 
+@given(st.lists(st.tuples(st.integers(1, 2000), st.integers(0, 1 << 36)), min_size=1, max_size=20))
+def test_large_extents_are_congruent_to_the_pages_that_fill_them(wanted: list[tuple[int, int]]) -> None:
+    store = Store()
+    try:
+        end = 0
+        for slots, page in wanted:
+            start = store.allocate(slots, 0, page)
+            assert start >= end
+            assert slots < 512 or start % 512 == page % 512
+            end = start + slots + hole_behind(slots)
+    finally:
+        os.close(store.fd)
+        os.close(store.read_only)
+
+
+def test_what_was_allocated_around_small_extents_is_given_back() -> None:
+    """As if each of them had been given a huge page (docs/performance.md)."""
+    store = Store()
+    sizes = [3, 8, 40, 1, 700, 9]
+    starts = [store.allocate(size, 0, 77) for size in sizes]
+    page = memoryview(b"\x55" * PAGE_SIZE)
+    for start, size in zip(starts, sizes, strict=True):
+        store.write(start // 512 * 512, [page] * (-(-(start + size) // 512) * 512 - start // 512 * 512))
+    assert store.used_bytes() > sum(sizes) * PAGE_SIZE
+    store.trim(starts)
+    assert store.used_bytes() == sum(sizes) * PAGE_SIZE
+    got = bytearray(PAGE_SIZE)
+    for start, size in zip(starts, sizes, strict=True):
+        for slot in (start, start + size - 1):
+            store.read(slot, memoryview(got))
+            assert got == page
+
+
 def test_cannot_be_resized_or_unsealed() -> None:
     store = Store()
     for size in (0, 1 << 61, (1 << 62) + 4096):
