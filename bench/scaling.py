@@ -48,7 +48,7 @@ from bench.workload import READERS, Processes, Workload, build
 from gpuksm import eligibility
 from gpuksm.hashing.cpu import CHUNK_PAGES
 from gpuksm.hashing.crew import usable_cpus
-from gpuksm.linux import pagemap
+from gpuksm.linux import pagemap, procfs
 from gpuksm.scan.columns import PAGE_BYTES, stretches_of
 from gpuksm.scan.tracker import Tracker
 
@@ -325,8 +325,7 @@ def unable(chosen: list[Workload], processes: int, repeats: int) -> str:
     smallest = min(min(each.shared_mb, each.own_mb) for each in chosen)
     if not smallest:
         return f"{processes} processes need more memory than that, of 2 MiB each at the least"
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    available = procfs.available_memory()
     needed = max(each.bytes for each in chosen) * 5 // 4
     if available < needed:
         return f"{needed >> 20} MiB of free memory are needed, {available >> 20} are there: try --gib"
