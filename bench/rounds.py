@@ -4,7 +4,9 @@ The session is `gpuksm.scan.session.Session` in this process, over a real guard,
 round is what `gpuksm daemon` does in one: the round itself, and telling the guard the
 numbers.  A page that was written is seen by the next round, which arms it, and read by
 the one after that, when it has been calm for a whole round; so what was written
-costs in two rounds, and both are measured.
+costs in two rounds, and both are measured.  What is written is equal to nothing: a round
+that makes a plan all the same does so for other pages that the processes write to, on
+their stacks and in their libraries.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def _written_and_read(session: Session, processes: Processes, percent: int) -> R
     read = seeing["read"] + reading["read"]
     if read < written or (not written and read):
         raise SystemExit(f"{written:.0f} pages were written, and {read:.0f} read")
-    row = {"written": written, "read": read, "cpu": seeing["cpu"] + reading["cpu"]}
+    row = {"written": written, "read": read}
+    row |= {name: seeing[name] + reading[name] for name in ("plans", "wall", "cpu")}
     return {
         **row,
         **{f"seeing_{name}": value for name, value in seeing.items()},
@@ -109,6 +112,7 @@ def _round(session: Session) -> Row:
     wall, (scanner_after, guard_after) = time.monotonic() - began, used()
     return {
         "read": done.scanned,
+        "plans": int(done.planned),
         "wall": wall,
         "cpu": scanner_after - scanner + guard_after - guard,
         "cpu_scanner": scanner_after - scanner,

@@ -216,6 +216,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
         "written",
         "pages written",
         "pages read",
+        "plans",
         "round that sees",
         "that reads",
         "both",
@@ -226,7 +227,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         guard = row["seeing_cpu_guard"] + row["reading_cpu_guard"]
         times = (row["seeing_cpu"], row["reading_cpu"], row["cpu"], guard)
-        counts = (f"{row['written']:,.0f}", f"{row['read']:,.0f}")
+        counts = (f"{row['written']:,.0f}", f"{row['read']:,.0f}", f"{row['plans']:g}")
         cells = (f"{gib(row):.3g}", f"{row['percent']} %", *counts)
         table.add_row(*cells, *(f"{1000 * seconds:.1f}" for seconds in times))
     return table
