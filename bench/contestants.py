@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,31 @@ from gpuksm.linux import procfs
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 150.0  # for one merging
 Row = dict[str, float]
+
+
+def run_json(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, dict[str, Any]]:
+    """Run a command that prints a JSON object: (wall, CPU seconds with its ended children's, that object)."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        began = time.monotonic()
+        running = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
+        handle = os.pidfd_open(running.pid)
+        try:
+            if not select.select([handle], [], [], LIMIT_SECONDS)[0]:
+                raise SystemExit(f"{' '.join(command)} did not end in {LIMIT_SECONDS:.0f} s")
+            _, status, usage = os.wait4(running.pid, 0)
+            running.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            os.close(handle)
+            if running.returncode is None:
+                running.kill()
+                running.wait()
+        wall = time.monotonic() - began
+        if running.returncode:
+            errors.seek(0)
+            said = errors.read().decode().strip()
+            raise SystemExit(f"{' '.join(command)} ended with {running.returncode}: {said}")
+        output.seek(0)
+        return wall, usage.ru_utime + usage.ru_stime, json.load(output)
 
 
 class Kernel:
@@ -79,30 +105,9 @@ class Gpuksm:
         return [sys.executable, "-m", "gpuksm", *words, "--pid", pids, "--backend", "cpu"]
 
     def _scan(self) -> tuple[float, float]:
-        """One scan; its wall and CPU seconds, those of its ended children included."""
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            began = time.monotonic()
-            running = subprocess.Popen(
-                self._command("scan", "--json"), stdout=output, stderr=errors, env=self._environment
-            )
-            handle = os.pidfd_open(running.pid)
-            try:
-                if not select.select([handle], [], [], LIMIT_SECONDS)[0]:
-                    raise SystemExit(f"gpuksm scan did not end in {LIMIT_SECONDS:.0f} s")
-                _, status, usage = os.wait4(running.pid, 0)
-                running.returncode = os.waitstatus_to_exitcode(status)
-            finally:
-                os.close(handle)
-                if running.returncode is None:
-                    running.kill()
-                    running.wait()
-            wall = time.monotonic() - began
-            if running.returncode:
-                errors.seek(0)
-                raise SystemExit(f"gpuksm scan ended with {running.returncode}: {errors.read().decode()}")
-            output.seek(0)
-            self._last = json.load(output)
-        return wall, usage.ru_utime + usage.ru_stime
+        """One scan; its wall and CPU seconds."""
+        wall, cpu, self._last = run_json(self._command("scan", "--json"), self._environment)
+        return wall, cpu
 
     def _find_guard(self) -> None:
         with GuardClient.connect(start=False) as guard:

@@ -11,6 +11,7 @@ from typing import Self
 from gpuksm.linux import procfs
 
 SOURCE = Path(__file__).parent / "workloads" / "pages.c"
+READERS = SOURCE.with_name("readers.c")
 PAGES_PER_MB = 256
 # Most mappings of one page of KSM's, /sys/kernel/mm/ksm/max_page_sharing.
 KSM_SHARING = 256
@@ -42,10 +43,10 @@ class Workload:
         return self.processes * (self.shared_mb + self.own_mb) << 20
 
 
-def build(folder: Path) -> Path:
-    """Compile the process with gcc into `folder`; returns the program."""
-    program = folder / SOURCE.stem
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCE), "-lpthread"]
+def build(folder: Path, source: Path = SOURCE) -> Path:
+    """Compile the process, or another `source`, with gcc into `folder`; returns the program."""
+    program = folder / source.stem
+    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source), "-lpthread"]
     subprocess.run(command, check=True, timeout=120)
     return program
 

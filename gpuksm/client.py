@@ -105,26 +105,26 @@ class GuardClient:
         self._sock = sock
 
     @classmethod
-    def find(cls) -> Self | None:
-        """A connection to this user's guard, or None when none runs.
+    def find(cls, folder: Path | None = None) -> Self | None:
+        """A connection to this user's guard (or to that of another `folder`), or None when none runs.
 
         Raises GuardError when the runtime folder is not safe.
         """
-        sock = _connect(runtime_dir())
+        sock = _connect(folder or runtime_dir())
         return None if sock is None else cls(sock)
 
     @classmethod
-    def connect(cls, start: bool) -> Self:
-        """Connect to this user's guard, starting one if `start` and none runs.
+    def connect(cls, start: bool, folder: Path | None = None) -> Self:
+        """Connect to this user's guard (or that of another `folder`), starting one if `start` and none runs.
 
         Raises GuardError when there is none, or it does not come up in time, or
         the runtime folder is not safe.
         """
         if start:
-            folder = runtime_dir()
+            folder = folder or runtime_dir()
             ensure_runtime_dir(folder)
             return cls(_connect(folder) or _start(folder))
-        found = cls.find()
+        found = cls.find(folder)
         if found is None:
             raise errors.GuardError("no guard is running: nothing is registered or merged")
         return found

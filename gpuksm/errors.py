@@ -65,7 +65,7 @@ class BackendUnavailable(GpuksmError):
 
 
 class NotEnoughMemory(GpuksmError):
-    """Too little free memory to unmerge safely; nothing was changed."""
+    """Too little free memory to unmerge safely, or for what a benchmark needs; nothing was changed."""
 
     exit_code = 10
 

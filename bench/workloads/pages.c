@@ -9,8 +9,9 @@
  *
  * Commands: `mergeable` (MADV_MERGEABLE), `write RATE` (a thread begins to rewrite own
  * pages, RATE times a second, 0: as often as it can), `reset` (count anew), `count`,
- * `halt` (the thread ends), `check` (all bytes). It knows what each page must contain
- * and keeps that where nobody merges.
+ * `halt` (the thread ends), `rewrite PERCENT` (once, that share of all its pages, of its
+ * own ones; while no thread writes), `check` (all bytes). It knows what each page must
+ * contain and keeps that where nobody merges.
  */
 #include "../../tests/victims/victim.h"
 #include <stdatomic.h>
@@ -55,12 +56,32 @@ static void fill(const char *kind, uint64_t number)
 		fill_page(memory.at + p * PAGE, memory.keys[p]);
 }
 
+static void renew(size_t first)
+{
+	for (size_t p = first; p < first + PAGES_PER_EVENT; p++)
+		area_set(&memory, p, own_key + p);
+}
+
 static void event(uint64_t *state)
 {
 	size_t first = shared + random_next(state) % (own - PAGES_PER_EVENT + 1);
 	own_key += 1ul << 20; /* a content that no page has had */
-	for (size_t p = first; p < first + PAGES_PER_EVENT; p++)
-		area_set(&memory, p, own_key + p);
+	renew(first);
+}
+
+/* The pages come in groups, as far apart as there is room; their number. */
+static size_t rewrite(unsigned long percent)
+{
+	static uint64_t state;
+	size_t groups = memory.pages * percent / 100 / PAGES_PER_EVENT;
+	if (!groups)
+		return 0;
+	must(groups * PAGES_PER_EVENT <= own);
+	own_key += 1ul << 20;
+	size_t shift = random_next(&state) % (own / groups - PAGES_PER_EVENT + 1);
+	for (size_t g = 0; g < groups; g++)
+		renew(shared + own * g / groups + shift);
+	return groups * PAGES_PER_EVENT;
 }
 
 static void *write_on(void *unused)
@@ -113,7 +134,7 @@ int main(int count, char **arguments)
 	fill(arguments[1], strtoul(arguments[4], 0, 0));
 	say("READY memory=%lu", (uintptr_t)memory.at);
 	for (char *line; (line = command());) {
-		unsigned long rate;
+		unsigned long rate, percent;
 		if (!strcmp(line, "mergeable")) {
 			must(!madvise(memory.at, memory.pages * PAGE, MADV_MERGEABLE));
 		} else if (sscanf(line, "write %lu", &rate) == 1) {
@@ -129,6 +150,9 @@ int main(int count, char **arguments)
 			continue;
 		} else if (!strcmp(line, "halt")) {
 			halt();
+		} else if (sscanf(line, "rewrite %lu", &percent) == 1) {
+			say("OK pages=%zu", rewrite(percent));
+			continue;
 		} else if (!strcmp(line, "check")) {
 			area_check(&memory);
 		} else {

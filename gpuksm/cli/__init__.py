@@ -36,6 +36,7 @@ VERBS = {
     "status": "Show what is registered and merged.",
     "metrics": "Print counters for Prometheus.",
     "doctor": "Say what works here, and what keeps a process out.",
+    "bench": "Measure the stages of a scan on this machine.",
 }
 
 

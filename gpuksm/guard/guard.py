@@ -313,7 +313,7 @@ class Guard:
                     raise NoSuchProcess(f"there is no process {pid}; see `gpuksm status` for what is merged")
             chosen = [known[pid] for pid in pids if pid in known]
         need = sum(target.runs.pages for target in chosen) * PAGE_SIZE
-        free = _available_memory()
+        free = procfs.available_memory()
         if need and need > free * 9 // 10:
             raise NotEnoughMemory(
                 f"unmerging needs {need >> 20} MiB and only {free >> 20} MiB are available; "
@@ -409,14 +409,6 @@ def _retry(call: Callable[[], Any]) -> Any:
 def _has_sys_ptrace() -> bool:
     effective = int(procfs.status(os.getpid())["CapEff"], 16)
     return bool(effective >> 19 & 1)
-
-
-def _available_memory() -> int:
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _budget(pid: int) -> int | None:

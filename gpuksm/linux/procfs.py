@@ -240,6 +240,15 @@ def memory_size(pid: int) -> int:
     return size
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where it does not say."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def user(pid: int) -> int:
     """Real user id of process `pid`."""
     return int(status(pid)["Uid"].split()[0])

@@ -124,6 +124,26 @@ def doctor(found: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def bench(found: Mapping[str, Any]) -> RenderableType:
+    """What the stages of a scan reach."""
+    table = _table("stage", "of what", "amount", "time", "rate")
+    for stage in found["stages"]:
+        amount, unit = stage["amount"], stage["unit"]
+        shown = size(amount) if unit == "bytes" else f"{amount:,} {unit}"
+        _add(table, stage["stage"], stage["what"], shown, f"{stage['seconds'] * 1000:.1f} ms", _rate(stage))
+    memory = f"{found['processes']} processes of {size(found['bytes_each'])}"
+    how = f"{found['seconds']:.1f} s, medians of {found['repeats']}"
+    backend = f"{found['backend']} ({found['backend_reason']}), {found['threads']} threads"
+    return Group(table, _pairs(("measured", f"{memory}, in {how}"), ("backend", backend)))
+
+
+def _rate(stage: Mapping[str, Any]) -> str:
+    rate, unit = stage["per_second"], stage["unit"]
+    if unit == "bytes":
+        return f"{rate / 1e9:.2f} GB/s"
+    return f"{rate / 1e6:.2f} M {unit}/s" if rate >= 1e6 else f"{rate / 1e3:.1f} k {unit}/s"
+
+
 def pauses(durations_us: Sequence[float] | Mapping[str, int]) -> RenderableType:
     """A histogram of how long processes were stopped; durations in microseconds, or counts by bucket."""
     if isinstance(durations_us, Mapping):

@@ -1,9 +1,9 @@
 """The bulk engine: what a scan or an estimate is asked for, and what it answers.
 
 `run_scan` attaches through the guard, finds calm pages, hashes them, plans and
-has the guard commit; `run_estimate` only reads.  Both load numpy and numba when
-they are called, not when this package is imported, so that a command line that
-only checks its options starts at once.
+has the guard commit; `run_estimate` only reads; `run_bench` measures the stages of
+a scan.  All load numpy and numba when they are called, not when this package is
+imported, so that a command line that only checks its options starts at once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpuksm.scan.types import (
+    BenchResult,
     EstimateResult,
     EstimateTarget,
     NoProgress,
     Progress,
     ScanOptions,
     ScanResult,
+    Stage,
     TargetReport,
     TargetRequest,
 )
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
     from gpuksm.client import GuardClient
 
 __all__ = [
+    "BenchResult",
     "EstimateResult",
     "EstimateTarget",
     "NoProgress",
     "Progress",
     "ScanOptions",
     "ScanResult",
+    "Stage",
     "TargetReport",
     "TargetRequest",
+    "run_bench",
     "run_estimate",
     "run_scan",
 ]
@@ -67,3 +72,14 @@ def run_estimate(
     from gpuksm.scan.estimate import run
 
     return run(targets, options, progress, same_layout=same_layout)
+
+
+def run_bench(processes: int, bytes_each: int, options: ScanOptions, progress: Progress) -> BenchResult:
+    """Measure the stages of a scan on `processes` helpers of `bytes_each`, with a guard of their own.
+
+    Nothing of it is left behind.  Raises NotEnoughMemory, BackendUnavailable, UsageError,
+    GuardError; SIGINT, SIGTERM and SIGHUP end it in order.  For the main thread.
+    """
+    from gpuksm.scan.stages import run
+
+    return run(processes, bytes_each, options, progress)

@@ -137,3 +137,32 @@ class EstimateResult:
     backend_reason: str
     skipped: dict[str, int]
     targets: tuple[EstimateTarget, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How quick one stage of a scan is; `amount` of `unit` (bytes, pages, digests) took `seconds`.
+
+    Medians of the repeats, each by itself; `per_second` is the median of amount / seconds.
+    """
+
+    stage: str
+    what: str
+    amount: int
+    unit: str
+    seconds: float
+    per_second: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What the stages of a scan reach on this machine, in helper processes of `bytes_each`."""
+
+    processes: int
+    bytes_each: int
+    repeats: int
+    threads: int
+    seconds: float
+    backend: str
+    backend_reason: str
+    stages: tuple[Stage, ...]

@@ -37,6 +37,12 @@ from gpuksm.cli import _options, main
         ["unregister"],
         ["exec"],
         ["exec", "-n", "0", "--", "true"],
+        ["bench", "--size", "1M"],
+        ["bench", "--size", "much"],
+        ["bench", "--processes", "1"],
+        ["bench", "--threads", "-1"],
+        ["bench", "--backend", "abacus"],
+        ["bench", "12"],
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,3 +189,7 @@ def test_query_vma():
     finally:
         os.close(fd)
         memory.close()
+
+
+def test_some_memory_is_available() -> None:
+    assert 0 < procfs.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ import pytest
 
 from gpuksm.cli import main
 from gpuksm.report import json as report_json
-from gpuksm.scan import EstimateResult, EstimateTarget, ScanResult, TargetReport
+from gpuksm.scan import BenchResult, EstimateResult, EstimateTarget, ScanResult, Stage, TargetReport
 from tests.report.samples import sample_scan
 
 PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
@@ -64,6 +64,13 @@ def test_every_field_of_the_results_is_documented(name: str, result: type[Any], 
     inner = schema["properties"]["targets"]["items"]
     assert set(schema["required"]) == set(schema["properties"]) == _names(result)
     assert set(inner["required"]) == set(inner["properties"]) == _names(target)
+
+
+def test_every_field_of_a_bench_is_documented() -> None:
+    schema = SCHEMAS["bench"]
+    inner = schema["properties"]["stages"]["items"]
+    assert set(schema["required"]) == set(schema["properties"]) == _names(BenchResult)
+    assert set(inner["required"]) == set(inner["properties"]) == _names(Stage)
 
 
 def test_a_scan_result_validates() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 
 from gpuksm import knobs
 from gpuksm.report import json, text
+from gpuksm.scan import BenchResult, Stage
 from tests.report.samples import sample_scan
 
 
@@ -54,6 +55,18 @@ def test_the_histogram_counts_every_pause_once() -> None:
         ["<", "10", "ms", "1"],
         [">=", "10", "ms", "2"],
     ]
+
+
+def test_a_bench_shows_rates_in_their_units() -> None:
+    stages = (
+        Stage("read", "other processes' pages", 64 << 20, "bytes", 0.01, 6.7e9),
+        Stage("sort", "random digests", 2 << 20, "digests", 0.1, 2.1e7),
+        Stage("commit", "single pages", 2048, "pages", 0.02, 102_400.0),
+    )
+    found = json.as_object(BenchResult(3, 64 << 20, 3, 2, 5.0, "cpu", "asked for", stages))
+    shown = " ".join(rendered(text.bench(found)).split())
+    for part in ("64.0 MiB 10.0 ms 6.70 GB/s", "21.00 M digests/s", "102.4 k pages/s", "cpu (asked for)"):
+        assert part in shown
 
 
 @pytest.mark.parametrize(
