@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuksm.errors import NoSuchProcess, TargetGone
-from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
-from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages
+from gpuksm.scan.columns import PAGE_BYTES, U64, count_pages
 from gpuksm.scan.engine import Engine, Target, error_of
 from gpuksm.scan.slices import merge_everything
-from gpuksm.scan.tracker import Tracker, gather
-from gpuksm.scan.trees import StableTree
+from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
 from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ class _Scan:
         fresh = [tracker.wanted() for tracker in trackers]
         batch_pages, hasher = self.options.batch_pages, self.engine.hasher
         self._count(digest_wanted(trackers, hasher, batch_pages, self.progress), living)
-        if again or equals_elsewhere(trackers, fresh, self.engine.stable()):
+        if again or equals_elsewhere(trackers, fresh, [], self.engine.stable()):
             self.engine.merge(gather(trackers), living)
         return True
 
@@ -213,15 +211,3 @@ def _look_again(tracker: Tracker, written: U64) -> None:
     if len(low):
         tracker.look_at(low, high)
     tracker.count_volatile()
-
-
-def equals_elsewhere(trackers: list[Tracker], fresh: list[I64], stable: StableTree) -> bool:
-    """Whether a page of `fresh` (indices into each tracker's columns) is all zeros or equals any other."""
-    pages = gather(trackers)
-    new = gather(trackers, [index[t.columns.known[index]] for t, index in zip(trackers, fresh, strict=True)])
-    digest = np.unique(new.digest)
-    return (
-        bool((new.kind == KIND_ZERO).any())
-        or int(np.isin(pages.digest, digest).sum()) > len(digest)
-        or bool(np.isin(stable.digest, digest).any())
-    )

@@ -25,7 +25,7 @@ from gpuksm.scan.columns import I64, PAGE_BYTES, U64
 from gpuksm.scan.engine import Engine, Target
 from gpuksm.scan.follow import Follower
 from gpuksm.scan.runs import Pages
-from gpuksm.scan.tracker import gather, user_key
+from gpuksm.scan.tracker import equals_elsewhere, gather, user_key
 from gpuksm.scan.types import Progress, ScanOptions, TargetRequest
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Session:
         self._seen = np.empty(0, np.uint64)  # digests of all contents that were planned with, sorted
         self._retries = 0
         self._unshared = 0
+        self._fresh: list[I64] = []  # of each target with new pages, which they are
 
     def open(self) -> None:
         """Take the scan lock (GuardError when another scanner has it) and get ready to hash."""
@@ -157,7 +158,7 @@ class Session:
                 self._leave(follower)
         new = [follower for follower in self.followers.values() if len(follower.tracker.wanted())]
         scanned, fresh = self._digest(new, use_zero_pages)
-        planned = self._retries > 0 or self._has_equals(fresh)
+        planned = self._retries > 0 or self._has_equals(fresh, new)
         merged = self._merge(use_zero_pages) if planned else 0
         self.rounds += 1
         self.plans += planned
@@ -189,31 +190,43 @@ class Session:
 
     def _digest(self, new: list[Follower], use_zero_pages: bool) -> tuple[int, U64]:
         """Hash the pages of `new` that have no digest: (pages read, digests, 0 for pages of zeros)."""
-        wanted: list[tuple[Follower, I64]] = [(follower, follower.tracker.wanted()) for follower in new]
-        if not wanted:
+        self._fresh = [follower.tracker.wanted() for follower in new]
+        if not new:
             return 0, np.empty(0, np.uint64)
         engine = self.engine
         trackers = [follower.tracker for follower in new]
         scanned = digest_wanted(trackers, engine.hasher, engine.options.batch_pages, engine.progress)
         found = []
-        for follower, index in wanted:
+        for number, follower in enumerate(new):
             follower.target.pages_scanned += scanned[follower.target.pid]
             columns = follower.tracker.columns
+            index = self._fresh[number]
             index = index[columns.known[index]]
             zero = columns.kind[index] == KIND_ZERO
-            digest = columns.digest[index] ^ user_key(follower.tracker)
-            found.append(np.where(zero, np.uint64(0), digest) if use_zero_pages else digest[~zero])
+            if not use_zero_pages:
+                index, zero = index[~zero], zero[~zero]
+            self._fresh[number] = index
+            found.append(np.where(zero, np.uint64(0), columns.digest[index] ^ user_key(follower.tracker)))
         return sum(scanned.values()), np.concatenate(found)
 
-    def _has_equals(self, fresh: U64) -> bool:
+    def _has_equals(self, fresh: U64, new: list[Follower]) -> bool:
         """Whether a new page is all zeros, or its digest is one of the others or the store's."""
         if not len(fresh):
             return False
         ordered = np.sort(fresh)
         at = np.minimum(np.searchsorted(self._seen, ordered), max(len(self._seen) - 1, 0))
         known = self._seen[at] == ordered if len(self._seen) else np.zeros(len(ordered), np.bool_)
-        if not ordered[0] or known.any() or (ordered[1:] == ordered[:-1]).any():
+        if not ordered[0] or (ordered[1:] == ordered[:-1]).any():
             return True
+        # What was seen may have been this very page, before it was written with what it held.
+        if known.any() and equals_elsewhere(
+            [follower.tracker for follower in new],
+            self._fresh,
+            [follower.tracker for follower in self.followers.values() if follower not in new],
+            self.engine.stable(),
+        ):
+            return True
+        ordered = ordered[~known]
         self._seen = np.insert(self._seen, np.searchsorted(self._seen, ordered), ordered)
         return False
 
@@ -229,7 +242,8 @@ class Session:
             pages = _without_zeros(pages)
         before = {target.ident: target.runs for target in living}
         merged = self.engine.merge(pages, living)
-        self._seen = np.unique(np.concatenate((pages.digest, self.engine.stable().digest)))
+        ordered, _ = self.engine.hasher.sort(np.concatenate((pages.digest, self.engine.stable().digest)))
+        self._seen = ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
         held_up = any(self.engine.skipped.get(reason) for reason in ("busy", "stopped"))
         self._retries = (self._retries or _RETRIES + 1) - 1 if held_up else 0
         for target in living:

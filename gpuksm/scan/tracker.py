@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.compiled import library
-from gpuksm.hashing.protocol import KIND_UNREADABLE
+from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, procfs
 from gpuksm.scan.columns import (
     COLUMN_KERNELS,
@@ -37,6 +37,7 @@ from gpuksm.scan.columns import (
     windows,
 )
 from gpuksm.scan.runs import Pages
+from gpuksm.scan.trees import StableTree
 
 _CAPACITY = 65536
 # Entries of pagemap are read for whole windows; a gap of more pages starts a new one.
@@ -357,3 +358,19 @@ def user_key(tracker: Tracker) -> np.uint64:
     The guard enforces that; here it only keeps useless candidates out of the plan.
     """
     return np.uint64((tracker.user + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
+
+
+def equals_elsewhere(
+    trackers: Sequence[Tracker], fresh: Sequence[I64], others: Sequence[Tracker], stable: StableTree
+) -> bool:
+    """Whether one of the pages `fresh` (indices into the columns of each of `trackers`) is all zeros,
+    or equals any other page that is known, of these or the `others`, or a slot of the store."""
+    known = [index[t.columns.known[index]] for t, index in zip(trackers, fresh, strict=True)]
+    new = gather(trackers, known)
+    if (new.kind == KIND_ZERO).any():
+        return True
+    wanted = np.unique(new.digest)
+    every = gather([*trackers, *others], [np.flatnonzero(t.columns.known) for t in (*trackers, *others)])
+    return int(np.isin(every.digest, wanted).sum()) > len(wanted) or bool(
+        np.isin(stable.digest, wanted).any()
+    )

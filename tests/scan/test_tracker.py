@@ -8,10 +8,11 @@ import os
 import numpy as np
 import pytest
 
-from gpuksm.hashing.protocol import KIND_UNREADABLE
+from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, uffd, vm
 from gpuksm.scan.columns import PAGE_BYTES
-from gpuksm.scan.tracker import Tracker, gather
+from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
+from gpuksm.scan.trees import no_stable_tree, stable_tree
 
 PAGES = 64
 ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
@@ -186,3 +187,30 @@ def test_gaps_wider_than_a_window_are_not_read(area):
     far = np.array([area.start, area.start + 63 * PAGE_BYTES, area.start + (1 << 40)], np.uint64)
     assert tracker.map.exclusive(far).tolist() == [True, True, False]
     tracker.close()
+
+
+def test_a_page_that_equals_nothing_but_itself_has_no_equal(area):
+    area.view[:] = 1
+    middle = area.start + 32 * PAGE_BYTES
+    one = Tracker(os.getpid(), [(area.start, middle, 3)], passive=True)
+    other = Tracker(os.getpid(), [(middle, area.end, 3)], passive=True)
+    for number, tracker in enumerate((one, other)):
+        tracker.look()
+        index = tracker.wanted()
+        tracker.learn(index, index.astype(np.uint64) + 1 + 100 * number, np.zeros(len(index), np.uint8))
+    fresh = [np.array([3, 7])]
+    nothing = no_stable_tree()
+    assert not equals_elsewhere([one], fresh, [other], nothing)
+    other.columns.digest[5] = one.columns.digest[7]
+    assert equals_elsewhere([one], fresh, [other], nothing)
+    other.columns.digest[5] = 0
+    one.columns.digest[9] = one.columns.digest[3]
+    assert equals_elsewhere([one], fresh, [other], nothing)
+    one.columns.digest[9] = 0
+    held = one.columns.digest[3] ^ user_key(one)
+    stable = stable_tree(1, np.array([512, 1, held], "<u8").tobytes())
+    assert equals_elsewhere([one], fresh, [other], stable)
+    one.columns.kind[7] = KIND_ZERO
+    assert equals_elsewhere([one], fresh, [other], nothing)
+    one.close()
+    other.close()
