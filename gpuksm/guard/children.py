@@ -144,6 +144,8 @@ class Orphan:
                 ]
         for start, end in self.discards:
             events.zero(self.guard, target, start, end)
+        if target.unwiped:
+            events.wipe(self.guard, target)
         if self.discards:
             self.guard.journal.append(journal.DISCARD, self.id)
         _settle_ends(self.guard, target)
