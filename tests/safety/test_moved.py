@@ -6,17 +6,12 @@ where those are, and the guard goes on.
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from gpuksm import wire
-from tests.support import processes
+from tests.support import standstill
 from tests.support.scanner import Scanner
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -66,33 +61,9 @@ for line in sys.stdin:
 @pytest.fixture
 def held(world: World) -> Iterator[World]:
     """A guard that stops itself whenever it has compared a plan."""
-    world.extra_env["GPUKSM_FAULT"] = "verified:*:stop"
-    keeps_it = world.python(_MOVING)
-    assert world.gpuksm("register", "--pid", keeps_it.pid).code == 0
+    standstill.start_standing_still(world, "verified", world.python(_MOVING))
     yield world
-    _continue(world.guard_processes())
-
-
-def _continue(pids: list[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-
-
-def _while_compared(guard: int, commit: Callable[[], Any], move: Callable[[], None]) -> Any:
-    """What `commit` gives, `move` being done between the comparison and the freeze."""
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(commit)
-        _await(lambda: processes.thread_states(guard)[guard] == "T")
-        move()
-        os.kill(guard, signal.SIGCONT)
-        return reply.result(60)
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    standstill.let_go(world.guard_processes())
 
 
 def test_plain_memory_moves_by_the_hundreds(held: World) -> None:
@@ -106,7 +77,7 @@ def test_plain_memory_moves_by_the_hundreds(held: World) -> None:
         (wire.OP_MAP, wire.FLAG_NEW_EXTENT, 0, second, two, PAGES, 0, 0, 0, 0),
     ]
     try:
-        reply = _while_compared(
+        reply = standstill.while_it_stands(
             guard,
             lambda: scanner.commit([PAGES], plan),
             lambda: [victim.ask("over 0 480 1") for victim in victims] and None,
@@ -124,9 +95,7 @@ def test_merged_memory_moves_while_it_is_merged_again(held: World) -> None:
     victims = [held.python(_MOVING) for _ in range(2)]
     guard = held.guard_pid()
     scan = held.start("scan", *(part for victim in victims for part in ("--pid", victim.pid)))
-    while scan.poll() is None:
-        _continue([guard])
-        time.sleep(0.02)
+    standstill.while_it_stands(guard, lambda: scan.wait(60), lambda: None)
     assert min(victim.merged_pages("area") for victim in victims) >= PAGES - 1
     victim = victims[0]
     victim.ask("write 0 64 7000")
@@ -137,7 +106,7 @@ def test_merged_memory_moves_while_it_is_merged_again(held: World) -> None:
     try:
         for page in range(0, 32, 2):
             plan = (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, target, start + page * 4096, 1, 0, 0, 0, 0)
-            reply = _while_compared(
+            reply = standstill.while_it_stands(
                 guard,
                 lambda plan=plan: scanner.commit([1], [plan]),  # type: ignore[misc]
                 lambda page=page: _begin(victim, f"over {page} {page + 2} 256"),  # type: ignore[misc]
@@ -147,7 +116,7 @@ def test_merged_memory_moves_while_it_is_merged_again(held: World) -> None:
             assert reply["skipped"].get("moved") == 1, (page, reply)
         # What stays where it is is merged again.
         plan = (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, target, start + 40 * 4096, 8, 0, 0, 0, 0)
-        reply = _while_compared(guard, lambda: scanner.commit([8], [plan]), lambda: None)
+        reply = standstill.while_it_stands(guard, lambda: scanner.commit([8], [plan]), lambda: None)
         assert reply["mapped_pages"] == 8, reply
     finally:
         scanner.close()
@@ -158,4 +127,4 @@ def test_merged_memory_moves_while_it_is_merged_again(held: World) -> None:
 def _begin(victim: Victim, command: str) -> None:
     """Send a command and see it wait for the guard."""
     victim.send(command)
-    _await(lambda: processes.waits_in(victim.pid) == "userfaultfd_event_wait_completion")
+    standstill.wait_for_event(victim)

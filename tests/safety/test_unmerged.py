@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
-from tests.support import processes
-from tests.support.victims import Victim
+from tests.support import processes, standstill
 from tests.support.world import World
 
 # Discards, moves, unmaps and protects memory of its own.
@@ -62,16 +60,8 @@ def test_calls_on_unmerged_memory_do_not_wait_for_the_guard(each_world: World) -
     try:
         one.ask("own", timeout=60)
         two.send("shared")
-        _wait_for_event(two)
+        standstill.wait_for_event(two)  # merged memory is another matter: there the caller waits
         assert processes.thread_states(guard)[guard] == "T"
     finally:
         os.kill(guard, signal.SIGCONT)
     two.answer()
-
-
-def _wait_for_event(victim: Victim) -> None:
-    """Merged memory is another matter: there the caller waits."""
-    deadline = time.monotonic() + 60
-    while processes.waits_in(victim.pid) != "userfaultfd_event_wait_completion":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
