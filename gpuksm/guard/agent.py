@@ -4,7 +4,9 @@ What must hold (docs/hazards.md 9, 10):
 - The agent performs an entry only after it has claimed it (one token of an
   eventfd semaphore) and has seen that our end of its socket is open.  A linked
   entry follows the one before it whatever has become of us, so that "replace,
-  then register" cannot be cut in the middle by our death.
+  then register" cannot be cut in the middle by our death.  One that must not be performed
+  when the one before it failed says so: mapping over memory that could not be unwatched
+  would have the agent wait for us, who wait for it.
 - We take back what is unclaimed by draining the tokens, and a target is thawed
   only when everything that was claimed is done.  Where that cannot be had (the
   target was stopped by SIGSTOP in mid-table), `AgentStuck` is raised and the
@@ -35,7 +37,7 @@ AUX_OFFSET = 0x41000
 AUX_BYTES = 0xE000
 _ENTRY_BYTES = 64
 _ENTRY = struct.Struct("<IIqqqqqqq")
-_LINKED = 1
+_LINKED, _AFTER_SUCCESS = 1, 2
 _NO_ARGUMENTS = (0, 0, 0, 0, 0, 0)
 _DONE_OFFSET = 32
 _SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
@@ -58,9 +60,12 @@ class Table:
     def __len__(self) -> int:
         return len(self.entries) // _ENTRY_BYTES
 
-    def add(self, number: int, *arguments: int, linked: bool = False) -> int:
-        self.entries += _ENTRY.pack(0, linked, number, *arguments, *_NO_ARGUMENTS[len(arguments) :])
-        self.unlinked += not linked
+    def add(self, number: int, *arguments: int, linked: bool = False, after_success: bool = False) -> int:
+        """`linked`: follows the entry before whatever has become of us; `after_success`: that too, but
+        only if the entry before gave 0, else its own result is -ECANCELED (-125)."""
+        flags = _LINKED | _AFTER_SUCCESS if after_success else linked
+        self.entries += _ENTRY.pack(0, flags, number, *arguments, *_NO_ARGUMENTS[len(arguments) :])
+        self.unlinked += not flags
         return len(self.entries) // _ENTRY_BYTES - 1
 
     def room(self, entries: int, aux_bytes: int) -> bool:

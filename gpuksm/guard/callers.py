@@ -88,6 +88,14 @@ def anyone_waits(pid: int) -> bool:
     return any(procfs.wchan(pid, tid) == _WAITS_FOR_US for tid in procfs.threads(pid))
 
 
+def runs(pid: int, tid: int) -> bool:
+    """Whether a thread that was asked to stop is on its way, rather than waiting for an event to be read."""
+    try:
+        return procfs.wchan(pid, tid) != _WAITS_FOR_US
+    except TargetGone:
+        return False
+
+
 def wait_for_others(target: Target, freeze: Freeze) -> None:
     """Let threads that do not wait for events come to their stop, so that content can be copied.
 

@@ -5,7 +5,8 @@ us a userfaultfd for it with the fork event; without, the tether (tether.py) hol
 the child at its first instruction.  Either way the child gets an agent of its own
 before an event of it is answered, because only an agent can map zeros (hazard 2).
 
-What must hold: no MADV_DONTNEED of merged memory in a child shows old bytes.  The
+What must hold: a userfaultfd is served as a process's own only if it is (identity.py).
+No MADV_DONTNEED of merged memory in a child shows old bytes.  The
 child's own thread may already wait in such a call when we get to it.  That event has
 to be read first, as the agent cannot start before the thread stops; it is zeroed
 before the thread goes on.  Before it is read, the ledger notes the range, and a touch
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
-from gpuksm.guard import arch, callers, events, faults, journal
+from gpuksm.guard import arch, callers, events, faults, identity, journal
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import Attachment, attach, unmap_leftovers
 from gpuksm.guard.freeze import Freeze, FreezeFailed
@@ -144,6 +145,8 @@ class Orphan:
                 ]
         for start, end in self.discards:
             events.zero(self.guard, target, start, end)
+        if target.unwiped:
+            events.wipe(self.guard, target)
         if self.discards:
             self.guard.journal.append(journal.DISCARD, self.id)
         _settle_ends(self.guard, target)
@@ -207,6 +210,8 @@ def adopt_orphans(guard: Guard) -> None:
         if orphan.uffd_event is not None and not uffd.memory_exists(orphan.uffd_event):
             _let_go(guard, orphan)
             continue
+        if orphan.pid is not None and _is_anothers(orphan):
+            orphan.pid = None
         if orphan.pid is None:
             orphan.pid = _search(guard, orphan)
             orphan.guessed = True
@@ -266,29 +271,35 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
         os.close(orphan.uffd_event)
 
 
-def _search(guard: Guard, orphan: Orphan) -> int | None:
-    """A process that maps the store and is nobody's: the child whose pid could not be read.
+def _is_anothers(orphan: Orphan) -> bool:
+    """True when the orphan's userfaultfd is known not to watch the process that it is taken for."""
+    if orphan.uffd_event is None or orphan.pid is None:
+        return False
+    return identity.watches(orphan.uffd_event, orphan.pid) is False
 
-    A child of the orphan's parent, that is, unless none comes up for a while; and one that
-    waits for an event to be read is not the child of a userfaultfd that has none.
+
+def _search(guard: Guard, orphan: Orphan) -> int | None:
+    """The process whose memory the orphan's userfaultfd watches: one that maps the store and is nobody's.
+
+    Where the kernel does not show which (a process that can have no mapping more), the
+    only one that there is, unless it waits for an event and the userfaultfd has none.
     """
     known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
     strays = [pid for pid in procfs.pids() if pid not in known and pid != os.getpid()]
     strays = [pid for pid in strays if _maps_store(guard, pid)]
-    parent = guard.targets.get(orphan.parent)
-    if parent is not None:
-        with contextlib.suppress(TargetGone):
-            children = procfs.children(parent.pid)
-            own = [pid for pid in strays if pid in children]
-            strays = own if own or orphan.tries < _SEARCHES else strays
-    if len(strays) != 1:
+    if orphan.uffd_event is None:
+        return strays[0] if len(strays) == 1 else None
+    shown = {pid: identity.watches(orphan.uffd_event, pid) for pid in strays}
+    for pid, watched in shown.items():
+        if watched:
+            return pid
+    if len(strays) != 1 or shown[strays[0]] is False:
         return None
-    if orphan.uffd_event is not None:
-        try:
-            if callers.anyone_waits(strays[0]) and not callers.readable(orphan.uffd_event):
-                return None
-        except (TargetGone, GpuksmError):
+    try:
+        if callers.anyone_waits(strays[0]) and not callers.readable(orphan.uffd_event):
             return None
+    except (TargetGone, GpuksmError):
+        return None
     return strays[0]
 
 

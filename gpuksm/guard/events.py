@@ -4,6 +4,10 @@ What must hold (docs/hazards.md 1, 2, 3, 5, 18):
 - MADV_DONTNEED or MADV_FREE of merged memory reads zeros afterwards: the range is
   taken from the blocked thread's system call, mapped as zeros, and only then is
   the event read, which lets the thread go on.
+- That also holds where the target can have no mapping more (vm.max_map_count) and zeros
+  cannot be mapped: they are written into copies of the pages instead.  The call discards
+  such copies, so this has to be after the event was read; every other thread is stopped
+  before that, and the caller before it is back from its call.
 - An event is read only when the call it belongs to was seen (callers.py).
 - After munmap and mremap no run that ends inside its extent borders free space, and
   this too before the event is read: the thread could grow the run right after.
@@ -17,19 +21,23 @@ discard memory, that is as good as a freeze.
 
 If we die: before an event is read, it waits for our successor (the keeper holds
 the userfaultfd).  After zeros were mapped and before the event is read, the
-successor finds nothing merged there and reads it.
+successor finds nothing merged there and reads it.  At the limit of mappings, and only
+there, something is left: between reading the event and writing zeros the range is in
+the ledger, and shows old bytes until our successor has written them.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, callers, faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.freeze import Freeze, FreezeFailed
-from gpuksm.guard.journal import BORDER, MAP, UNMAP, Journal
+from gpuksm.guard.journal import BORDER, DISCARD, MAP, UNMAP, Journal
 from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
@@ -38,6 +46,8 @@ from gpuksm.linux import procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 _MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
+_CALLER_NS = 5_000_000_000  # for a caller to get from its event to its stop; microseconds of its own time
+_ZEROS = bytes(64 * PAGE_SIZE)
 
 
 class Host(Protocol):
@@ -64,12 +74,20 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
             return
         for number, arguments in calls:
             _before_reading(host, target, number, arguments, freeze)
+        if target.unwiped and not freeze.holds:
+            return  # a debugger has the threads: nobody could be kept from reading what is not wiped yet
+        if target.unwiped:
+            callers.wait_for_others(target, freeze)
         held = list(freeze.waiting)
         faults.point("event-prepared")
         event = uffd.read_event(target.link.uffd_event)
         if event is None:
             return
         _apply(host, target, event, freeze, held)
+        if target.unwiped:
+            faults.point("event-unwiped")
+            _await_callers(target, freeze, held)
+            wipe(host, target)
 
 
 def serve_still(host: Host, target: Target) -> None:
@@ -84,6 +102,8 @@ def serve_still(host: Host, target: Target) -> None:
         for call in calls:
             for start, end in callers.discarded(target.pid, call):
                 zero(host, target, start, end)
+        if target.unwiped:
+            return
         faults.point("event-prepared")
         event = uffd.read_event(target.link.uffd_event)
         if event is not None:
@@ -157,33 +177,85 @@ def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
 
 
 def zero(host: Host, target: Target, start: int, end: int) -> None:
-    """Replace what is merged in [start, end) by fresh zero memory."""
+    """Replace what is merged in [start, end) by fresh zero memory.
+
+    What cannot be replaced stays merged and watched, and is noted as `target.unwiped`.
+    """
     start &= ~(PAGE_SIZE - 1)
     end = (end + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
     pieces = target.runs.overlapping(start, end)
     while pieces:
         table = Table()
-        done: list[Run] = []
-        while pieces and table.room(4, 64):
+        done: list[tuple[Run, int]] = []
+        while pieces and table.room(6, 96):
             piece = pieces.pop(0)
             vma = target.query(piece.start)
+            index = -1
             if vma is not None and vma.inode == host.store.inode:
                 stop = min(piece.end, vma.end)
                 if stop < piece.end:
                     pieces.insert(0, piece.cut(stop, piece.end))
                     piece = piece.cut(piece.start, stop)
-                target.add_map_zeros(table, piece.start, piece.end - piece.start, protection(vma))
+                index = target.add_map_zeros(table, piece.start, piece.end - piece.start, protection(vma))
                 if target.locked(vma.start):
                     table.add(arch.current().NR.MLOCK, piece.start, piece.end - piece.start, linked=True)
                 if piece.start == start and _left_end_is_inside(host, target, start):
                     target.add_register(table, piece.start, PAGE_SIZE)
                     target.borders.add(piece.start)
                     host.journal.append(BORDER, target.id, piece.start)
-            done.append(piece)
-        target.link.agent.perform(table)
-        host.journal.append_runs(UNMAP, target.id, [(piece.start, piece.end, 0) for piece in done])
-        for piece in done:
+            done.append((piece, index))
+        results = target.link.agent.perform(table)
+        failed = [piece for piece, index in done if index >= 0 and results[index] != piece.start]
+        zeroed = [piece for piece, _ in done if piece not in failed]
+        host.journal.append_runs(UNMAP, target.id, [(piece.start, piece.end, 0) for piece in zeroed])
+        for piece in zeroed:
             target.runs.remove(piece.start, piece.end)
+        if failed:
+            _keep_watched(host, target, failed)
+
+
+def _keep_watched(host: Host, target: Target, failed: list[Run]) -> None:
+    """Pieces that could not be replaced by zeros: watched still, or again, and to be wiped."""
+    table = Table()
+    for piece in failed:
+        target.borders.discard(piece.start)
+        target.add_register(table, piece.start, piece.end - piece.start)
+        if (piece.start, piece.end) not in target.unwiped:
+            target.unwiped.append((piece.start, piece.end))
+            host.journal.append(DISCARD, target.id, piece.start, piece.end)
+    target.link.agent.perform(table)
+
+
+def _await_callers(target: Target, freeze: Freeze, held: list[int]) -> None:
+    """Wait until the thread whose event was just read has stopped, or waits with its next event.
+
+    Reading has made it runnable, so that one that still waits is another.
+    """
+    deadline = time.monotonic_ns() + _CALLER_NS
+    while time.monotonic_ns() < deadline:
+        freeze.collect()
+        if not any(tid in freeze.waiting and callers.runs(target.pid, tid) for tid in held):
+            return
+        time.sleep(0.0001)
+
+
+def wipe(host: Host, target: Target) -> None:
+    """Write zeros where they could not be mapped; no thread of the target runs."""
+    for start, end in target.unwiped:
+        _write_zeros(target, start, end)
+    target.unwiped.clear()
+    host.journal.append(DISCARD, target.id)
+
+
+def _write_zeros(target: Target, start: int, end: int) -> None:
+    for at in range(start, end, len(_ZEROS)):
+        size = min(len(_ZEROS), end - at)
+        try:
+            written = os.pwrite(target.memory, _ZEROS[:size], at)
+        except OSError:
+            written = 0
+        if written != size:
+            raise TargetGone(f"process {target.pid} has exited")
 
 
 def _left_end_is_inside(host: Host, target: Target, end: int) -> bool:
@@ -292,6 +364,7 @@ def _follow(host: Host, target: Target, arrived: list[Run], delta: int) -> None:
 def forget_store(host: Host, target: Target, start: int, end: int) -> None:
     """Replace store mappings in [start, end), in the ledger or not, by zeros."""
     table = Table()
+    mapped: list[tuple[int, Run]] = []
     at = start
     while at < end and table.room(2, 32):
         vma = procfs.query_vma(target.maps, at)
@@ -299,12 +372,27 @@ def forget_store(host: Host, target: Target, start: int, end: int) -> None:
             break
         low, high = max(at, vma.start), min(end, vma.end)
         if vma.inode == host.store.inode:
-            target.add_map_zeros(table, low, high - low, protection(vma))
+            piece = Run(low, high, (vma.offset + low - vma.start) // PAGE_SIZE)
+            mapped.append((target.add_map_zeros(table, low, high - low, protection(vma)), piece))
         at = high
-    target.link.agent.perform(table)
+    results = target.link.agent.perform(table)
     if target.runs.overlapping(start, end):
         host.journal.append(UNMAP, target.id, start, end)
         target.runs.remove(start, end)
+    failed = [piece for index, piece in mapped if results[index] != piece.start]
+    if failed:
+        _cover_with_zeros(host, target, failed)
+
+
+def _cover_with_zeros(host: Host, target: Target, failed: list[Run]) -> None:
+    """Store mappings that could not be replaced after a call that is done: copies with zeros stay."""
+    table = Table()
+    for piece in failed:
+        _write_zeros(target, piece.start, piece.end)
+        target.add_register(table, piece.start, piece.end - piece.start)
+        target.runs.add(piece)
+    host.journal.append_runs(MAP, target.id, [(piece.start, piece.end, piece.slot) for piece in failed])
+    target.link.agent.perform(table)
 
 
 def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: list[int]) -> None:

@@ -1,8 +1,9 @@
-"""Named points at which tests kill, fail or delay the guard: GPUKSM_FAULT=point[:nth][:action].
+"""Named points at which tests kill, fail, delay or stop the guard: GPUKSM_FAULT=point[:nth][:action].
 
+`nth` is the turn at which it happens, 1 if not told; "*" stands for every turn.
 `action` is "kill" (SIGKILL to ourselves, the default), "error" (OSError EIO),
-"enomem" or a delay such as "20ms".  Without the variable a point costs one
-comparison.
+"enomem", a delay such as "20ms", or "stop" (SIGSTOP to ourselves: who continues us
+decides how long).  Without the variable a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 _SPEC = os.environ.get("GPUKSM_FAULT", "")
 _POINT, _, _rest = _SPEC.partition(":")
 _words = _rest.split(":") if _rest else []
-_NTH = int(_words.pop(0)) if _words and _words[0].isdigit() else 1
+_NTH = _words.pop(0) if _words and (_words[0].isdigit() or _words[0] == "*") else "1"
 _ACTION = _words[0] if _words else "kill"
 _seen = 0
 
@@ -26,10 +27,12 @@ def point(name: str) -> None:
         return
     global _seen
     _seen += 1
-    if _seen != _NTH:
+    if _NTH not in ("*", str(_seen)):
         return
     if _ACTION == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif _ACTION == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif _ACTION == "error":
         raise OSError(errno.EIO, f"fault injected at {name}")
     elif _ACTION == "enomem":

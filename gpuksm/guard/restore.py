@@ -87,7 +87,7 @@ def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQ
         agent.call(nr.MPROTECT, fresh, size, prot)
     table = Table()
     target.add_unregister(table, piece.start, size)
-    moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, linked=True)
+    moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, after_success=True)
     if target.locked(vma.start):
         table.add(nr.MLOCK, piece.start, size, linked=True)
     if border:

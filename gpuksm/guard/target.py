@@ -30,6 +30,7 @@ class Target:
     are kept unmerged behind a run that ends inside an extent, watched like merged
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
+    `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
     """
 
     id: int
@@ -48,6 +49,7 @@ class Target:
     borders: set[int] = field(default_factory=set)
     placeholders: set[int] = field(default_factory=set)
     tainted: list[tuple[int, int]] = field(default_factory=list)
+    unwiped: list[tuple[int, int]] = field(default_factory=list)
     tethered: set[int] = field(default_factory=set)
     coredump_filter: int | None = None
     parked: Freeze | None = None
@@ -142,7 +144,8 @@ class Target:
             MAP_PRIVATE | MAP_FIXED,
             self.link.agent_store,
             slot * PAGE_SIZE,
-            linked=merged or linked,
+            linked=linked,
+            after_success=merged,
         )
 
     def locked(self, start: int) -> bool:
@@ -160,7 +163,7 @@ class Target:
             MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS,
             -1,
             0,
-            linked=True,
+            after_success=True,
         )
 
     def track(

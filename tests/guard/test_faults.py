@@ -21,6 +21,8 @@ CODE = "from gpuksm.guard import faults\nfor i in range(3): faults.point('here')
         ("here:3:kill", "0\n1\n", -9),
         ("here:2:error", "0\n", 1),
         ("here:1:1ms", "0\n1\n2\n", 0),
+        ("here:*:1ms", "0\n1\n2\n", 0),
+        ("here:*:error", "", 1),
     ],
 )
 def test_points(spec: str, printed: str, code: int) -> None:

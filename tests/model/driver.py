@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from gpuksm.client import GuardClient
 from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan
 from tests.model.memory import ARENA, AWAY, AWAY_AT, FIXED, HEAP_AT, MAYMOVE, PAGES, Memory, Wrong
 from tests.model.steps import PUPPETS, Step
+from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
 
 _OPTIONS = ScanOptions(batch_pages=1024, settle_seconds=0.01, backend="cpu", threads=1)
 _MOST_AT_ONCE = 12
 _ALONE = frozenset("txPQsig")
+_WAITS_FOR_GUARD = "userfaultfd_event_wait_completion"
+_HELD_SECONDS = 2.0
 _TRY_AGAIN = ("try again later", "does not stop", "is stopped")
 
 
@@ -56,6 +60,7 @@ class Puppet:
         self.parents: list[tuple[int, Memory]] = []
         self.writers: dict[int, int] = {}
         self.waiting: list[tuple[str, list[int], bool]] = []
+        self.sent = False  # what waits has been sent and its answer is to come
 
     def overlaps_hot(self, first: int, count: int) -> bool:
         return any(first <= page < first + count for page in self.memory.hot)
@@ -94,6 +99,10 @@ class Puppet:
     def send(self) -> None:
         words = [("q" if quiet else "") + " ".join(map(str, (name, *a))) for name, a, quiet in self.waiting]
         self.victim.send(";".join(words))
+
+    def has_answered(self) -> bool:
+        """Whether the answer to what was sent can be read."""
+        return bool(select.select([self.victim.output], [], [], 0)[0])
 
     def receive(self, timeout: float) -> None:
         commands, self.waiting = self.waiting, []
@@ -145,6 +154,8 @@ class Driver:
     def __init__(self, world: World) -> None:
         self.world = world
         os.environ["GPUKSM_RUNTIME_DIR"] = str(world.folder)
+        # The first guard stops itself when it has compared a plan; a successor does not.
+        os.environ["GPUKSM_FAULT"] = "verified:*:stop"
         self.puppets = [Puppet(world.victim("puppet")) for _ in range(PUPPETS)]
         self.counts: Counter[str] = Counter()
         self.guard: int | None = None
@@ -229,9 +240,12 @@ class Driver:
         pids += [pid for puppet in self.puppets for pid, _ in puppet.parents]
         return [TargetRequest(pid) for pid in pids]
 
-    def _scan(self, die_after: int | None = None) -> None:
+    def _scan(self, die_after: int | None = None, held: Sequence[Step] = ()) -> None:
         try:
-            with self._client(GuardClient if die_after is None else _DyingClient) as client:
+            with (
+                self._going_on(held),
+                self._client(GuardClient if die_after is None else _DyingClient) as client,
+            ):
                 if isinstance(client, _DyingClient):
                     client.left = die_after or 0
                 result = run_scan(client, self._targets(), _OPTIONS, NoProgress())
@@ -251,6 +265,63 @@ class Driver:
         finally:
             self._killed()
         self._look()
+
+    @contextlib.contextmanager
+    def _going_on(self, held: Sequence[Step]) -> Iterator[None]:
+        """Continue the guard whenever it stops itself; the first time only when `held` was done."""
+        ended = threading.Event()
+        failures: list[BaseException] = []
+
+        def watch() -> None:
+            left = list(held)
+            while not ended.wait(0.001):
+                if self.guard is None or processes.thread_states(self.guard).get(self.guard) != "T":
+                    continue
+                try:
+                    if left:
+                        self._hold(left)
+                except BaseException as error:
+                    failures.append(error)
+                finally:
+                    left = []
+                    with contextlib.suppress(ProcessLookupError, TypeError):
+                        os.kill(self.guard, signal.SIGCONT)  # type: ignore[arg-type]
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            for puppet in self.puppets:
+                if puppet.sent:
+                    puppet.sent = False
+                    puppet.receive(30)
+        if failures:
+            raise failures[0]
+
+    def _hold(self, held: Sequence[Step]) -> None:
+        """Let puppets do `held` while the guard stands still; some will wait for it."""
+        for _, index, name, a, quiet in held:
+            if self.puppets[index].allowed(name, a) and len(self.puppets[index].waiting) < 1:
+                self.puppets[index].waiting.append((name, a, quiet))
+                self.counts["held"] += 1
+        busy = [puppet for puppet in self.puppets if puppet.waiting]
+        for puppet in busy:
+            puppet.send()
+            puppet.sent = True
+        deadline = time.monotonic() + _HELD_SECONDS
+        while time.monotonic() < deadline and any(
+            not puppet.has_answered() and processes.waits_in(puppet.victim.pid) != _WAITS_FOR_GUARD
+            for puppet in busy
+        ):
+            time.sleep(0.001)
+
+    def _scan_held(self, held: Sequence[Step]) -> None:
+        """A scan that stands still between comparing and replacing until puppets have done `held`."""
+        self._killed()
+        self._scan(held=held)
 
     def _scan_die(self, after: int) -> None:
         self._scan(after + 2)

@@ -23,6 +23,7 @@ _COMMANDS = {
 }  # fmt: skip
 _GUARD = {
     "scan": 30, "scan-die": 4, "unmerge": 3, "unmerge-one": 2, "kill": 1, "kill-soon": 1.5, "keeper": 0.3,
+    "scan-held": 12, "grow": 5,
 }  # fmt: skip
 _GUARD_EVERY = 24  # commands, on average
 
@@ -38,7 +39,14 @@ def draw(seed: str, count: int) -> Iterator[Step]:
     left -= 1
     while left > 0:
         if chance.random() * _GUARD_EVERY < 1:
-            step = [_pick(chance, _GUARD)]
+            step: Step = [_pick(chance, _GUARD)]
+            if step[0] == "grow":
+                grown = list(_grow(chance))
+                left -= len(grown)
+                yield from grown
+                continue
+            if step[0] == "scan-held":
+                step.append([each for _ in range(chance.randint(1, 6)) for each in _held(chance)])
             if step[0] in ("scan-die", "kill-soon", "unmerge-one"):
                 step.append(chance.randrange(12) if step[0] != "unmerge-one" else chance.randrange(PUPPETS))
             steps = [step]
@@ -117,6 +125,41 @@ def _command(chance: random.Random, puppet: int) -> Iterator[Step]:
         yield ["op", puppet, name, [chance.randrange(2)], False]
     else:
         yield ["op", puppet, name, [], False]
+
+
+def _held(chance: random.Random) -> Iterator[Step]:
+    """A command while the guard has compared a plan and has not carried it out: of the arena, and quick."""
+    puppet = chance.randrange(PUPPETS)
+    at, count = _range(chance, 0, ARENA)
+    name = chance.choice("wwwwmuara")
+    if name == "w":
+        yield _write(chance, puppet, at, count)
+    elif name == "m":
+        yield from _refill(chance, puppet, at, count)
+    elif name == "u":
+        yield ["op", puppet, "u", [at, count], False]
+    elif name == "a":
+        yield ["op", puppet, "a", [at, count, DONTNEED], False]
+    else:
+        other = chance.randrange(ARENA - count + 1)
+        yield ["op", puppet, "r", [at, count, count, 3, other], False]
+
+
+def _grow(chance: random.Random) -> Iterator[Step]:
+    """One puppet has the beginning of what the others have, merged with it; its end grows in place."""
+    whole = chance.choice((8, 12, 16, 24))
+    at = chance.randrange(0, ARENA - whole - 1)
+    short = chance.randrange(whole)
+    part = chance.randint(1, whole - 2)
+    for puppet in range(PUPPETS):
+        yield ["op", puppet, "m", [at, whole, 3], True]
+        yield ["op", puppet, "w", [at, whole, 500 + at, 0], True]
+    puppet = short % PUPPETS
+    yield ["op", puppet, "u", [at + part, whole + 1 - part], True]
+    yield ["scan"]
+    old = chance.choice((1, 1, min(2, part), part))
+    more = chance.randint(1, whole - part)
+    yield ["op", puppet, "r", [at + part - old, old, old + more, 0, 0], False]
 
 
 def _remap(chance: random.Random) -> list[int]:

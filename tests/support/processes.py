@@ -172,3 +172,8 @@ def _userfault_flags(pid: int) -> int:
 def anonymous_code(pid: int) -> list[Mapping]:
     """Executable mappings of no file and no name: agents' code pages, in victims that make none."""
     return [mapping for mapping in mappings(pid) if "x" in mapping.perms and not mapping.path]
+
+
+def waits_in(pid: int) -> str:
+    """The kernel function that the first thread of `pid` sleeps in; `0` while it runs."""
+    return Path(f"/proc/{pid}/wchan").read_text()

@@ -87,6 +87,11 @@ class Victim:
         """How many pages of an area are mapped from the store."""
         return processes.merged_pages(self.pid, *self.area(area))
 
+    @property
+    def output(self) -> int:
+        """The descriptor that its lines are read from."""
+        return self._output
+
     def line(self, timeout: float) -> str:
         """The next line, whatever it says."""
         deadline = time.monotonic() + timeout

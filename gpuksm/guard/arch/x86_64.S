@@ -134,7 +134,8 @@ bootstrap_end:
 #   16 u64 entries of this request     24 u64 scratch
 #   32 u64 entries done since the start
 # entries from 4096 on, 64 bytes each:
-#    0 u32 unused   4 u32 flags (1: linked)   8 i64 number in, result out   16 6 x u64 arguments
+#    0 u32 unused   4 u32 flags (1: linked, 2: only if the entry before gave 0)
+#    8 i64 number in, result out   16 6 x u64 arguments
 .balign 64
 agent:
     mov 0(%r12), %r14d
@@ -186,6 +187,12 @@ alive:
     test %rax, %rax
     jz leave
 perform:
+    testl $2, 4(%rbx)
+    jz call
+    mov $-125, %rax                  # -ECANCELED
+    cmpq $0, -56(%rbx)
+    jne result
+call:
     mov 8(%rbx), %rax
     mov 16(%rbx), %rdi
     mov 24(%rbx), %rsi
@@ -194,6 +201,7 @@ perform:
     mov 48(%rbx), %r8
     mov 56(%rbx), %r9
     syscall
+result:
     mov %rax, 8(%rbx)
     incq 32(%r12)
     add $64, %rbx
