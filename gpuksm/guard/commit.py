@@ -277,7 +277,7 @@ class Committer:
         for run in runs:
             target.runs.add(run)
         if runs:
-            target.keep_in_core_dumps()
+            target.keep_in_core_dumps(self.journal)
         faults.point("commit-intent")
         results = target.link.agent.perform(table)
         for index, piece, prot in entries:

@@ -148,6 +148,8 @@ class Guard:
         self._next_target = max(self._next_target, target.id + 1)
         self.targets[target.id] = target
         self.journal.append(journal.TARGET, target.id, target.pid, target.start_time, target.link.code)
+        if target.coredump_filter is not None:
+            self.journal.append(journal.COREDUMP, target.id, target.coredump_filter)
         self.keep(f"track:{target.id}", target.link.uffd_track)
         self.keep(f"event:{target.id}", target.link.uffd_event)
 

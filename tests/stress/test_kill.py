@@ -152,6 +152,7 @@ def test_successors_leave_nothing_behind(each_world: World) -> None:
     world = each_world
     victims = [world.victim("regions", 1024, 64, seed, "straight") for seed in (1, 2)]
     victims += [world.victim("purge", 1) for _ in range(2)]
+    before = {victim.pid: processes.footprint(victim.pid).coredump_filter for victim in victims}
     first = world.scan(*victims)["pages_shared"]
     for turn in range(6):
         os.kill(world.guard_pid(), signal.SIGKILL)
@@ -165,3 +166,6 @@ def test_successors_leave_nothing_behind(each_world: World) -> None:
     for victim in victims:
         pages = processes.anonymous_code(victim.pid)
         assert len(pages) <= 1, f"code of ended agents: {pages}"
+    world.unmerge()
+    after = {victim.pid: processes.footprint(victim.pid).coredump_filter for victim in victims}
+    assert before == after, "what is written into core dumps was not put back"
