@@ -133,16 +133,22 @@ def test_kill_the_guard_while_it_unmerges(world: World) -> None:
 
 @pytest.mark.timeout(60 + KILLS * 30)
 def test_kill_the_keeper(world: World) -> None:
-    """A guard without its keeper gets a new one, or goes on without."""
+    """A guard without its keeper starts a new one, which can do what the first could: see to a successor."""
     victims = _victims(world)
     world.scan(*victims)
     for turn in range(KILLS):
         guard = world.guard_pid()
-        for pid in world.guard_processes():
-            if pid != guard:
-                os.kill(pid, signal.SIGKILL)
-        _exercise(victims, turn)
-        world.scan(*victims)
+        (keeper,) = world.keepers()
+        os.kill(keeper, signal.SIGKILL)
+        if turn % 2:
+            _exercise(victims, turn)
+            world.scan(*victims)
+        world.await_other_keeper(keeper)
+        assert world.guard_pid() == guard
+        if turn % 2 == 0:
+            os.kill(guard, signal.SIGKILL)
+            _exercise(victims, turn)
+            assert world.guard_pid() != guard
     _finish(world, victims)
 
 
