@@ -31,6 +31,9 @@ from tests.support.world import World
 ACTIONS = ("kill", "error", "enomem", "eagain", "esrch", "short", "30ms", "exit", "fork", "exec")
 _SIGNALS = {"exit": "SIGKILL", "fork": "SIGUSR1", "exec": "SIGUSR2"}
 _TURNS = (1, 2, 4, 7, 3, 11)
+# A bootstrap that nobody sees to its end leaves the memory that it has mapped: 320 KiB of
+# addresses, one page of memory.  It cannot be told from the target's own.
+_IN_BOOTSTRAP = ("attach-code", "attach-socket")
 WRONG = ("lost write", "dead", "hangs", "left behind", "does not work")
 
 
@@ -51,6 +54,7 @@ class Run:
     action: str
     turn: int
     fired: bool = False
+    block_stays: bool = False
     wrong: str | None = None
     what: str = ""
     seconds: float = 0.0
@@ -148,7 +152,7 @@ def _perform(world: World, run: Run) -> None:
         run.fired = log.exists() and "fault injected" in log.read_text()
     _look(living())
     world.check_nothing_stopped()
-    _must_work(world, living(), before, replaced=changeling if run.action == "exec" else None)
+    _must_work(world, run, living(), before, replaced=changeling if run.action == "exec" else None)
     for line in log.read_text().splitlines():
         if line.startswith("Traceback") and not run.fired:
             raise Wrong("does not work", log.read_text()[-3000:])
@@ -167,6 +171,7 @@ def _provoke_some(victims: list[Victim], mortal: Victim | None) -> None:
 
 def _must_work(
     world: World,
+    run: Run,
     victims: list[Victim],
     before: dict[int, processes.Footprint],
     replaced: Victim | None,
@@ -194,7 +199,13 @@ def _must_work(
     for victim in victims:
         if mapped := processes.store_mappings(victim.pid):
             raise Wrong("left behind", f"{victim.name}: store mappings {mapped}")
-        if victim is not replaced and (said := load.settled_difference(victim, before[victim.pid])):
+        if victim is replaced:
+            continue
+        may_stay = load.is_control_block if run.point in _IN_BOOTSTRAP else None
+        said = load.settled_difference(victim, before[victim.pid], may_stay)
+        if said and may_stay is not None and all(map(may_stay, said)):
+            run.block_stays = True
+        elif said:
             raise Wrong("left behind", f"{victim.name}: {'; '.join(said)}")
     world.shut_down()
     for victim in victims:
@@ -221,6 +232,8 @@ def perform(victims_folder: Path, point: str, action: str, number: int) -> Run:
 def _cell(runs: list[Run]) -> str:
     fired = sum(run.fired for run in runs)
     wrong = Counter(run.wrong for run in runs if run.wrong)
+    if any(run.block_stays for run in runs):
+        wrong["block stays"] = sum(run.block_stays for run in runs)
     text = f"{fired}/{len(runs)}" if fired < len(runs) else str(fired)
     return " ".join([text, *(f"{count} {kind}" for kind, count in wrong.items())])
 
