@@ -194,7 +194,7 @@ def _must_work(
             load.ask_changeling(victim, "drop")
         elif victim.program == "purge":
             victim.ask("run bulk")
-    load.unmerge_well(world)
+    load.unmerge_well()
     _look(victims)
     for victim in victims:
         if mapped := processes.store_mappings(victim.pid):
@@ -207,7 +207,7 @@ def _must_work(
             run.block_stays = True
         elif said:
             raise Wrong("left behind", f"{victim.name}: {'; '.join(said)}")
-    world.shut_down()
+    load.shut_down(world)
     for victim in victims:
         victim.stop()
 

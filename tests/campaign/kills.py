@@ -101,13 +101,13 @@ class Episode:
 
     def finish(self) -> None:
         """Unmerge: nothing of us stays in any victim."""
-        load.unmerge_well(self.world)
+        load.unmerge_well()
         for victim in self.victims:
             load.look(victim)
             assert processes.store_mappings(victim.pid) == [], f"{victim.name}: still maps the store"
             said = load.settled_difference(victim, self.before[victim.pid])
             assert not said, f"{victim.name}: left behind: {'; '.join(said)}"
-        self.world.shut_down()
+        load.shut_down(self.world)
         for victim in self.victims:
             victim.stop()
 

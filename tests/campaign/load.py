@@ -83,15 +83,28 @@ def scan_well(pids: list[int], attempts: int = 5) -> ScanResult:
     raise AssertionError(f"scan, tried {attempts} times: {said}")
 
 
-def unmerge_well(world: World, attempts: int = 5) -> None:
+def unmerge_well(attempts: int = 5) -> None:
     """Unmerge everything; tried again while a target cannot be stopped."""
     failed: object = None
     for attempt in range(attempts):
-        failed = world.request("unmerge", pids=None, max_pause_us=5000).get("failed")
+        with GuardClient.connect(start=True) as client:
+            failed = client.request("unmerge", pids=None, max_pause_us=5000)[0].get("failed")
         if not failed:
             return
         time.sleep(0.05 * 2**attempt)
     raise AssertionError(f"unmerge: {failed}")
+
+
+def shut_down(world: World) -> None:
+    """End guard and keeper, which may have ended by themselves: nothing is merged any more."""
+    client = GuardClient.find()
+    if client is not None:
+        with client, contextlib.suppress(errors.GuardError):
+            client.request("shutdown", force=False)
+    deadline = time.monotonic() + 20
+    while left := world.guard_processes():
+        assert time.monotonic() < deadline, f"still running after shutdown: {left}"
+        time.sleep(0.005)
 
 
 def ask_changeling(victim: Victim, word: str, timeout: float = 20) -> dict[str, str]:
