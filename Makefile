@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format build lock clean
+.PHONY: help demo test check nightly soak format build lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,6 +22,16 @@ check: $(READY) ## ruff, mypy --strict and the architecture test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+nightly: $(READY) ## every fault at every point, kills and a long model: about two hours
+	$(BIN)/python -m tests.campaign.faults --runs 3
+	$(BIN)/python -m tests.campaign.kills guard --kills 1000
+	$(BIN)/python -m tests.campaign.kills keeper --kills 300
+	$(BIN)/python -m tests.campaign.kills scanner --kills 1000
+	$(BIN)/python -m tests.model --steps 200000
+
+soak: $(READY) ## model, kills, faults and real programs in turn, for HOURS=8
+	$(BIN)/python -m tests.campaign.soak --hours $(or $(HOURS),8)
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format .

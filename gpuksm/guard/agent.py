@@ -21,11 +21,13 @@ go, the agent finishes the entry that it is in (and what is linked to it) and en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
 from gpuksm.errors import TargetGone
 from gpuksm.linux import census, vm
@@ -165,6 +167,14 @@ class Agent:
 
     # -- inside ---------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """TargetGone where the control block cannot be reached: exit or exec has ended the agent."""
+        try:
+            yield
+        except ProcessLookupError:
+            raise TargetGone(f"the agent of process {self.pid} is gone") from None
+
     def _write(self, table: Table) -> None:
         data = _SCRATCH.data
         data[: len(table.entries)] = table.entries
@@ -177,7 +187,8 @@ class Agent:
             data[at : at + len(table.aux)] = table.aux
             local.append((_SCRATCH.address + at, len(table.aux)))
             remote.append((self.block + AUX_OFFSET, len(table.aux)))
-        vm.writev(self.tid, local, remote)
+        with self._errors():
+            vm.writev(self.tid, local, remote)
 
     def _acknowledged(self, wait_ns: int) -> bool:
         """Wait for the acknowledgement of the last request; False when it has not come in time."""
@@ -221,13 +232,15 @@ class Agent:
 
     def _read_done(self) -> int:
         word = bytearray(8)
-        vm.read_into(self.tid, self.block + _DONE_OFFSET, word)
+        with self._errors():
+            vm.read_into(self.tid, self.block + _DONE_OFFSET, word)
         return int.from_bytes(word, "little")
 
     def _results(self, count: int, performed: int) -> list[int]:
         size = performed * _ENTRY_BYTES
         if size:
-            vm.readv(self.tid, [(_SCRATCH.address, size)], [(self.block + TABLE_OFFSET, size)])
+            with self._errors():
+                vm.readv(self.tid, [(_SCRATCH.address, size)], [(self.block + TABLE_OFFSET, size)])
         results = list(struct.unpack_from(f"<{performed * 8}q", _SCRATCH.data)[1::8])
         return results + [-125] * (count - performed)
 

@@ -34,7 +34,7 @@ from gpuksm.guard.attach import Attachment, attach, unmap_leftovers
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
-from gpuksm.guard.target import Target
+from gpuksm.guard.target import Target, set_coredump_filter
 from gpuksm.linux import procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
@@ -266,6 +266,8 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
         guard.drop(guard.targets[orphan.id])
         return
     guard.tether.let_go(orphan.tethered)
+    if orphan.pid is not None and orphan.coredump_filter is not None:
+        set_coredump_filter(orphan.pid, orphan.coredump_filter)
     guard.keep(f"event:{orphan.id}", None)
     if orphan.uffd_event is not None:
         os.close(orphan.uffd_event)

@@ -279,7 +279,7 @@ class Committer:
         self.journal.append_runs(MAP, target.id, runs)
         target.runs.add_all(runs)
         if runs:
-            target.keep_in_core_dumps()
+            target.keep_in_core_dumps(self.journal)
         faults.point("commit-intent")
         results = target.link.agent.perform(batch.table)
         for piece, index in batch.zeros:

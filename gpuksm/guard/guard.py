@@ -148,6 +148,8 @@ class Guard:
         self._next_target = max(self._next_target, target.id + 1)
         self.targets[target.id] = target
         self.journal.append(journal.TARGET, target.id, target.pid, target.start_time, target.link.code)
+        if target.coredump_filter is not None:
+            self.journal.append(journal.COREDUMP, target.id, target.coredump_filter)
         self.keep(f"track:{target.id}", target.link.uffd_track)
         self.keep(f"event:{target.id}", target.link.uffd_event)
 
@@ -164,7 +166,12 @@ class Guard:
         return self._next_target - 1
 
     def drop(self, target: Target) -> None:
-        """Forget a target that has exited, called exec, or has nothing merged any more."""
+        """Forget a target that has exited, called exec, or has nothing merged any more.
+
+        One that only seemed to be gone stays: without us its MADV_DONTNEED would show old bytes.
+        """
+        if target.runs.pages and _lives(target):
+            return
         if self.targets.pop(target.id, None) is None:
             return
         self.tether.release(target)
@@ -436,6 +443,11 @@ def _cut_regions(
             index += 1
         result.append(eligibility.Region(low, high, regions[index].prot))
     return result
+
+
+def _lives(target: Target) -> bool:
+    """True while the process runs the program that we attached to: its agent holds its socket open."""
+    return not target.closed and not target.link.agent.ended() and not _only_agent_left(target)
 
 
 def _only_agent_left(target: Target) -> bool:

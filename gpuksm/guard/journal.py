@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 RECORD = struct.Struct("<IIQQQ")
-TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER, BORN, DISCARD = range(1, 12)
+TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(1, 10)
+BORN, DISCARD, COREDUMP = range(10, 13)
 
 
 class Record(NamedTuple):
@@ -25,6 +26,7 @@ class Record(NamedTuple):
     EXTENT: first slot, slots, user.  DIGESTS: first slot, count; the column follows.
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
     DISCARD: start, end of what a target without agent discards (0, 0: all of that is done).
+    COREDUMP: the target's coredump_filter before anything was merged in it.
     BORN: when the store was made, in clock ticks since boot; the seed of its digests.
     """
 

@@ -4,13 +4,17 @@ A process of a few lines, so that nothing in it can fail.  It holds every
 userfaultfd (events wait as long as somebody does), the store, the ledger's memfd
 and the listening socket; never an agent's socket, on whose closing the agents rely.
 
-Run as `python -m gpuksm.guard.keeper RUNTIME_DIR`, detached, by the client.
+Run as `python -m gpuksm.guard.keeper RUNTIME_DIR`, detached, by the client; or, when
+the keeper before it has died, by the guard (keeping.py), with all that it has to hold
+and `link` and `guard`, a pidfd, in GPUKSM_INHERIT.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,6 +23,48 @@ import time
 from pathlib import Path
 
 from gpuksm.linux import process
+
+END = "end"  # the guard's word that it ends on purpose
+TAG_BYTES = 64
+# A process that dies at once again and again must not take the processor with it.
+_SHORT_LIFE_SECONDS = 0.5
+_FIRST_DELAY_SECONDS, _LAST_DELAY_SECONDS = 0.01, 2.0
+
+
+class Patience:
+    """How long to wait before something that has died is started again."""
+
+    def __init__(self) -> None:
+        self._delay = _FIRST_DELAY_SECONDS
+        self._started = time.monotonic()
+
+    def started(self) -> None:
+        """It was started now."""
+        self._started = time.monotonic()
+
+    def died(self) -> float:
+        """It has died; the seconds to wait."""
+        if time.monotonic() - self._started > _SHORT_LIFE_SECONDS:
+            self._delay = _FIRST_DELAY_SECONDS
+        else:
+            self._delay = min(_LAST_DELAY_SECONDS, self._delay * 2)
+        return self._delay
+
+
+def inherited() -> dict[str, int]:
+    """Descriptors by tag that GPUKSM_INHERIT, "tag=fd,...", names; not handed on any further."""
+    items = (item.partition("=") for item in os.environ.pop("GPUKSM_INHERIT", "").split(",") if item)
+    found = {tag: int(fd) for tag, _, fd in items}
+    for fd in found.values():
+        os.set_inheritable(fd, False)
+    return found
+
+
+def start(module: str, folder: Path, fds: dict[str, int]) -> subprocess.Popen[bytes]:
+    """`python -m MODULE FOLDER` with descriptors to inherit."""
+    environment = {**os.environ, "GPUKSM_INHERIT": ",".join(f"{tag}={fd}" for tag, fd in fds.items())}
+    command = [sys.executable, "-m", module, str(folder)]
+    return subprocess.Popen(command, pass_fds=list(fds.values()), env=environment, cwd="/")
 
 
 def _listen(folder: Path) -> socket.socket:
@@ -31,33 +77,44 @@ def _listen(folder: Path) -> socket.socket:
     return listener
 
 
-def _start_guard(kept: dict[str, int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket]:
+    """A guard that takes over what is kept: a pidfd of it, and our end of the link."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    fds = {**kept, "keeper": theirs.fileno()}
-    environment = {**os.environ, "GPUKSM_INHERIT": ",".join(f"{tag}={fd}" for tag, fd in fds.items())}
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "gpuksm.guard"], pass_fds=list(fds.values()), env=environment, cwd="/"
-    )
-    theirs.close()
-    return guard, ours
+    with theirs:
+        guard = start("gpuksm.guard", folder, {**kept, "keeper": theirs.fileno()})
+    return os.pidfd_open(guard.pid), ours
 
 
-def _hold(link: socket.socket, kept: dict[str, int]) -> None:
-    """Take and let go descriptors as the guard says, until it is gone."""
+def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
+    """Take and let go descriptors as the guard says, until it is gone; whether it said that it ends."""
     while True:
-        data, fds, _, _ = socket.recv_fds(link, 64, 1)
-        if not data:
-            return
+        data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
         tag = data.decode().strip()
+        if tag in ("", END):
+            return tag == END
         if tag in kept:
             os.close(kept.pop(tag))
         if fds:
             kept[tag] = fds[0]
 
 
+def _await_end(guard: int) -> None:
+    """Wait until the guard has ended altogether and let its tracees go; it may be our child."""
+    select.select([guard], [], [])
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, guard, os.WEXITED)
+    os.close(guard)
+
+
+def _terminate(guard: int) -> None:
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(guard, signal.SIGTERM)
+
+
 def main() -> None:
     """Keep a guard running until it ends by itself."""
     folder = Path(sys.argv[1])
+    kept = inherited()
     lock = os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,20 +123,23 @@ def main() -> None:
     process.set_title("gpuksm keeper")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    kept = {"listener": _listen(folder).detach()}
-    delay = 0.01
+    if "link" in kept:
+        guard, link = kept.pop("guard"), socket.socket(fileno=kept.pop("link"))
+    else:
+        kept["listener"] = _listen(folder).detach()
+        guard, link = _start_guard(folder, kept)
+    patience = Patience()
     while True:
-        guard, link = _start_guard(kept)
-        signal.signal(signal.SIGTERM, lambda *_, guard=guard: guard.terminate())
-        started = time.monotonic()
-        _hold(link, kept)
+        signal.signal(signal.SIGTERM, lambda *_, guard=guard: _terminate(guard))
+        on_purpose = _hold(link, kept)
         link.close()
-        if guard.wait() == 0:
+        _await_end(guard)
+        if on_purpose:
             break
         os.environ.pop("GPUKSM_FAULT", None)  # a fault is injected once, not into the successor
-        # A guard that dies at once again and again must not take the processor with it.
-        delay = 0.01 if time.monotonic() - started > 5 else min(2.0, delay * 2)
-        time.sleep(delay)
+        time.sleep(patience.died())
+        guard, link = _start_guard(folder, kept)
+        patience.started()
     (folder / "guard.sock").unlink(missing_ok=True)
 
 

@@ -111,7 +111,7 @@ def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQ
 
 def _copy(target: Target, source: int, destination: int, size: int) -> None:
     view = _BUFFER.view[:size]
-    got = os.preadv(target.memory, [view], source)
+    got = faults.read("restore-read", os.preadv(target.memory, [view], source))
     if got != size:
         raise TargetGone(f"process {target.pid} has exited")
     vm.writev(target.link.agent.tid, [(_BUFFER.address, size)], [(destination, size)])

@@ -24,6 +24,7 @@ from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.exchange import Exchange
 from gpuksm.guard.freeze import FreezeFailed, release_stragglers
 from gpuksm.guard.guard import Guard
+from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.restore import RestoreFailed
 from gpuksm.linux import process, procfs
 
@@ -85,8 +86,9 @@ class Client:
 class Server:
     """Runs a guard on a listening socket until there is no reason left."""
 
-    def __init__(self, guard: Guard, listener: socket.socket) -> None:
+    def __init__(self, guard: Guard, listener: socket.socket, keeping: Keeping) -> None:
         self.guard = guard
+        self.keeping = keeping
         self.listener = listener
         listener.setblocking(False)
         self.clients: dict[int, Client] = {}
@@ -135,6 +137,7 @@ class Server:
                     self._serve_client(self.clients[fd])
             self._drop_ended(ready)
             self.guard.tick()
+            self._tend_keeper(ready)
             if self._told_to_end:
                 self._end()
 
@@ -144,6 +147,9 @@ class Server:
         poll.register(self._wake, select.POLLIN)
         for fd, client in self.clients.items():
             poll.register(fd, select.POLLIN | (select.POLLOUT if client.outbox else 0))
+        link = self.keeping.link()
+        if link is not None:
+            poll.register(link, select.POLLIN)
         waiting = bool(self.guard.orphans) or not release_stragglers()
         for target in self.guard.targets.values():
             poll.register(target.link.agent.sock, select.POLLIN)
@@ -152,6 +158,14 @@ class Server:
             else:
                 waiting = True
         return {fd for fd, _ in poll.poll(_BUSY_TICK_MS if waiting else _TICK_MS)}
+
+    def _tend_keeper(self, ready: set[int]) -> None:
+        """Nothing is frozen here, and no agent has anything to do unless its target is parked."""
+        link = self.keeping.link()
+        if link is not None and link.fileno() in ready:
+            self.keeping.lost()
+        if all(target.parked is None for target in self.guard.targets.values()):
+            self.keeping.tend()
 
     def _finished(self) -> bool:
         if self.stopping:

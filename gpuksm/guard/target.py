@@ -10,6 +10,7 @@ from gpuksm.guard import arch
 from gpuksm.guard.agent import Table
 from gpuksm.guard.attach import Attachment
 from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.journal import COREDUMP, Journal
 from gpuksm.guard.runs import Runs
 from gpuksm.linux import census, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
@@ -234,27 +235,22 @@ class Target:
 
     # -- core dumps ------------------------------------------------------------
 
-    def keep_in_core_dumps(self) -> None:
+    def keep_in_core_dumps(self, journal: Journal) -> None:
         """Merged memory is private file memory, which core dumps leave out unless bit 2 is set."""
         if self.coredump_filter is not None:
             return
-        path = f"/proc/{self.pid}/coredump_filter"
         try:
-            with open(path) as file:
+            with open(f"/proc/{self.pid}/coredump_filter") as file:
                 self.coredump_filter = int(file.read(), 16)
-            with open(path, "w") as file:
-                file.write(hex(self.coredump_filter | 4))
         except (OSError, ValueError):
-            self.coredump_filter = None
+            return
+        journal.append(COREDUMP, self.id, self.coredump_filter)
+        set_coredump_filter(self.pid, self.coredump_filter | 4)
 
     def restore_core_dumps(self) -> None:
-        if self.coredump_filter is None:
-            return
-        try:
-            with open(f"/proc/{self.pid}/coredump_filter", "w") as file:
-                file.write(hex(self.coredump_filter))
-        except OSError:
-            pass
+        """As it was before `keep_in_core_dumps`."""
+        if self.coredump_filter is not None:
+            set_coredump_filter(self.pid, self.coredump_filter)
         self.coredump_filter = None
 
     def close(self) -> None:
@@ -263,6 +259,15 @@ class Target:
         self.link.agent.close()
         for fd in (self.link.uffd_track, self.link.uffd_event, self.pagemap, self.memory, self.maps):
             os.close(fd)
+
+
+def set_coredump_filter(pid: int, value: int) -> None:
+    """Write what core dumps of `pid` contain; one that is gone needs nothing."""
+    try:
+        with open(f"/proc/{pid}/coredump_filter", "w") as file:
+            file.write(hex(value))
+    except OSError:
+        return
 
 
 def protection(vma: procfs.VmaQuery) -> int:

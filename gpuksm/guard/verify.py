@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from gpuksm.guard import faults
 from gpuksm.guard.store import Store
 from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
@@ -208,7 +209,7 @@ def _readable(group: list[Piece], got: int) -> tuple[list[Piece], list[Piece]]:
 def _read(tid: int, remote: list[tuple[int, int]]) -> int:
     size = sum(length for _, length in remote)
     try:
-        return vm.readv(tid, [(_A.address, size)], remote)
+        return faults.read("memory-read", vm.readv(tid, [(_A.address, size)], remote))
     except OSError as error:
         if error.errno == 14:  # EFAULT: not even the first page
             return 0

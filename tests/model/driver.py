@@ -15,7 +15,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from gpuksm import errors
@@ -159,7 +158,6 @@ class Driver:
         self.puppets = [Puppet(world.victim("puppet")) for _ in range(PUPPETS)]
         self.counts: Counter[str] = Counter()
         self.guard: int | None = None
-        self.keeper_dead = False
         self.killing: threading.Timer | None = None
         self.done = 0
 
@@ -340,14 +338,14 @@ class Driver:
         self._unmerge([self.puppets[index].victim.pid])
 
     def _kill(self) -> None:
-        if self.guard is not None and not self.keeper_dead:
+        if self.guard is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.guard, signal.SIGKILL)
             self.guard = None
 
     def _kill_soon(self, milliseconds: int) -> None:
         """Kill the guard while the next commands, or the next scan, are under way."""
-        if self.keeper_dead or self.guard is None:
+        if self.guard is None:
             return
         self._killed()
         self.killing = threading.Timer(milliseconds / 1000, self._kill)
@@ -359,18 +357,16 @@ class Driver:
             self.killing = None
 
     def _keeper(self) -> None:
-        """Without a keeper all goes on; then everything is unmerged and the guard ends."""
+        """Kill the keeper: the guard starts another, on which later kills of the guard rely."""
         self._killed()
-        if self.keeper_dead:
-            self._shut_down()
-            return
         if self.guard is None:
             return
-        parent = int(Path(f"/proc/{self.guard}/stat").read_text().rpartition(")")[2].split()[1])
-        if b"gpuksm keeper" in Path(f"/proc/{parent}/cmdline").read_bytes():
-            os.kill(parent, signal.SIGKILL)
-            self.keeper_dead = True
+        keepers = self.world.keepers()
+        for pid in keepers:
+            os.kill(pid, signal.SIGKILL)
         self._scan()
+        if keepers:
+            self.world.await_other_keeper(keepers[0])
 
     def _shut_down(self) -> None:
         self._killed()
@@ -385,8 +381,6 @@ class Driver:
             if time.monotonic() > deadline:
                 raise Wrong("guard or keeper do not end")
             time.sleep(0.005)
-        (self.world.folder / "guard.sock").unlink(missing_ok=True)
-        self.keeper_dead = False
 
     def close(self) -> None:
         """A last look, with everything unmerged; guard, children and puppets end."""

@@ -13,7 +13,7 @@ from tests.support.scanner import Scanner
 from tests.support.victims import Victim
 from tests.support.world import World
 
-PAGES = 8
+PAGES = 24  # so many that a plan does not put them off as short
 
 # `into PID ADDRESS PAGE KEY`: write the content of KEY there; `expect PAGE KEY`: what is here from now on.
 _PEER = """
@@ -25,7 +25,7 @@ libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctyp
 libc.mprotect.argtypes = [void, size, ctypes.c_int]
 class Segment(ctypes.Structure):
     _fields_ = [("base", void), ("length", size)]
-PAGES = 8
+PAGES = 24  # so many that a plan does not put them off as short
 at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
 assert libc.mprotect(at, PAGES * 4096, 3) == 0
 keys = [1000 + page for page in range(PAGES)]

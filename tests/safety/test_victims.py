@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
+from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -60,6 +62,21 @@ def test_writers_sees_a_wrong_byte(world: World) -> None:
     _poke(victim, victim.area("at")[0] + 4097, b"!")
     with pytest.raises(AssertionError, match="CORRUPT"):
         victim.ask("stop")
+    victim.expect_status = 9
+
+
+def test_changeling_sees_a_wrong_byte(world: World) -> None:
+    victim = world.victim("changeling", 24)
+    os.kill(victim.pid, signal.SIGUSR1)
+    while int(victim.ask("verify 1")["children"]) != 1:
+        pass
+    os.kill(victim.pid, signal.SIGUSR2)
+    assert victim.line(20) == "AGAIN"
+    start = processes.mappings(victim.pid)  # the new program does not say where its areas are
+    wanted = [one.start for one in start if one.pages == 24 and one.perms == "rw-p"]
+    _poke(victim, wanted[0] + 4097, b"!")
+    with pytest.raises(AssertionError, match="CORRUPT"):
+        victim.ask("verify 2")
     victim.expect_status = 9
 
 

@@ -97,6 +97,24 @@ def test_failed_at(world: World, point: str, error: str) -> None:
     _look(victims)
 
 
+@pytest.mark.parametrize("point", ["commit-thawed", "event-prepared"])
+def test_a_target_that_only_seems_to_be_gone_is_kept(world: World, point: str) -> None:
+    """ESRCH for a process that lives: whoever merged its memory must go on answering for it."""
+    victims = [world.victim("purge", 1) for _ in range(2)]
+    pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:1:esrch"
+    world.gpuksm("scan", *pids)
+    _look(victims)
+    _provoke(victims)
+    for victim in victims:
+        victim.ask("run bulk")
+    world.gpuksm("unmerge", "--all")
+    world.gpuksm("unmerge", "--all")
+    for victim in victims:
+        assert processes.store_mappings(victim.pid) == []
+    _look(victims)
+
+
 @pytest.mark.parametrize("turn", [2, 4, 6, 9])
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit-")])
 def test_killed_while_merging_again(world: World, point: str, turn: int) -> None:

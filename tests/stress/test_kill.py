@@ -133,16 +133,22 @@ def test_kill_the_guard_while_it_unmerges(world: World) -> None:
 
 @pytest.mark.timeout(60 + KILLS * 30)
 def test_kill_the_keeper(world: World) -> None:
-    """A guard without its keeper gets a new one, or goes on without."""
+    """A guard without its keeper starts a new one, which can do what the first could: see to a successor."""
     victims = _victims(world)
     world.scan(*victims)
     for turn in range(KILLS):
         guard = world.guard_pid()
-        for pid in world.guard_processes():
-            if pid != guard:
-                os.kill(pid, signal.SIGKILL)
-        _exercise(victims, turn)
-        world.scan(*victims)
+        (keeper,) = world.keepers()
+        os.kill(keeper, signal.SIGKILL)
+        if turn % 2:
+            _exercise(victims, turn)
+            world.scan(*victims)
+        world.await_other_keeper(keeper)
+        assert world.guard_pid() == guard
+        if turn % 2 == 0:
+            os.kill(guard, signal.SIGKILL)
+            _exercise(victims, turn)
+            assert world.guard_pid() != guard
     _finish(world, victims)
 
 
@@ -152,6 +158,7 @@ def test_successors_leave_nothing_behind(each_world: World) -> None:
     world = each_world
     victims = [world.victim("regions", 1024, 64, seed, "straight") for seed in (1, 2)]
     victims += [world.victim("purge", 1) for _ in range(2)]
+    before = {victim.pid: processes.footprint(victim.pid).coredump_filter for victim in victims}
     first = world.scan(*victims)["pages_shared"]
     for turn in range(6):
         os.kill(world.guard_pid(), signal.SIGKILL)
@@ -165,3 +172,6 @@ def test_successors_leave_nothing_behind(each_world: World) -> None:
     for victim in victims:
         pages = processes.anonymous_code(victim.pid)
         assert len(pages) <= 1, f"code of ended agents: {pages}"
+    world.unmerge()
+    after = {victim.pid: processes.footprint(victim.pid).coredump_filter for victim in victims}
+    assert before == after, "what is written into core dumps was not put back"

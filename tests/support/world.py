@@ -161,6 +161,17 @@ class World:
         known |= {process.pid for process in self.commands if process.poll() is None}
         return [pid for pid in self._users_of_folder() if pid not in known]
 
+    def keepers(self) -> list[int]:
+        """Keepers by pid; normally there is one, also one that has not come so far as to name itself."""
+        return [pid for pid in self.guard_processes() if _is_keeper(pid)]
+
+    def await_other_keeper(self, killed: int, seconds: float = 15) -> None:
+        """Wait until the guard has put another keeper in the place of one that was killed."""
+        deadline = time.monotonic() + seconds
+        while not set(self.keepers()) - {killed}:
+            assert time.monotonic() < deadline, "no new keeper"
+            time.sleep(0.005)
+
     def _users_of_folder(self) -> list[int]:
         marks = (f"GPUKSM_RUNTIME_DIR={self.folder}\0".encode(), str(self.folder).encode())
         found = []
@@ -234,3 +245,10 @@ class World:
             except ProcessLookupError:
                 continue
         return [f"processes {left} had to be killed"] if left else []
+
+
+def _is_keeper(pid: int) -> bool:
+    try:
+        return b"keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
