@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from gpuksm import wire
 from tests import requirements_env
 from tests.support.merging import scan_until_merged
@@ -57,33 +55,34 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("kind", ["ring", "aio", "direct"])
-def test_a_target_begins_direct_io_after_its_attach(world: World, kind: str) -> None:
-    if kind == "ring":
-        requirements_env.need("root")  # else RLIMIT_MEMLOCK may be too small for the buffer
-    victims = [world.python(_PINNING) for _ in range(2)]
-    scan_until_merged(world, victims, ["early"])
-    for victim in victims:
+def test_targets_begin_direct_io_after_their_attach(world: World) -> None:
+    requirements_env.need("root")  # else RLIMIT_MEMLOCK may be too small for the registered buffer
+    kinds = ("ring", "aio", "direct")
+    plain, *pinning = [world.python(_PINNING) for _ in range(4)]
+    scan_until_merged(world, [plain, *pinning], ["early"])
+    for victim in (plain, *pinning):
         victim.ask("fill")
-    scanner = Scanner(world, victims)
-    one, two = scanner.targets
-    victims[0].ask(kind)
+    scanner = Scanner(world, [plain, *pinning])
+    for victim, kind in zip(pinning, kinds, strict=True):
+        victim.ask(kind)
     try:
-        # Attached and armed it is; only the commit can tell.
-        (first, _), (second, _) = (victim.area("late") for victim in victims)
+        # Attached and armed they are; only the commit can tell.
         plan = [
-            (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, one, first, PAGES, 0, 0, 0, 0),
-            (wire.OP_MAP, wire.FLAG_NEW_EXTENT, 0, two, second, PAGES, 0, 0, 0, 0),
+            (op, wire.FLAG_NEW_EXTENT, 0, target, victim.area("late")[0], PAGES, 0, 0, 0, 0)
+            for op, target, victim in zip(
+                [wire.OP_FILL, *[wire.OP_MAP] * 3], scanner.targets, [plain, *pinning], strict=True
+            )
         ]
         reply = scanner.commit([PAGES], plan)
-        assert reply["skipped"]["direct-io"] == PAGES, reply
+        assert reply["skipped"]["direct-io"] == 3 * PAGES, reply
         assert reply["mapped_pages"] == PAGES, reply
     finally:
         scanner.close()
-    result = world.scan(*victims)
-    found = [target for target in result["targets"] if target["pid"] == victims[0].pid]
-    assert "--allow-direct-io" in found[0]["error"], found
-    assert victims[0].merged_pages("late") == 0
-    assert victims[0].merged_pages("early") >= PAGES - 1
-    for victim in victims:
+    result = world.scan(plain, *pinning)
+    errors = {target["pid"]: target["error"] for target in result["targets"]}
+    for victim in pinning:
+        assert "--allow-direct-io" in errors[victim.pid], errors
+        assert victim.merged_pages("late") == 0
+        assert victim.merged_pages("early") >= PAGES - 1
+    for victim in (plain, *pinning):
         victim.verify()
