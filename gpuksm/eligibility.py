@@ -60,7 +60,7 @@ def process_reason(
             or _permission_reason(pid)
             or _thread_reason(pid, allow_seccomp)
             or _program_reason(pid, named)
-            or _pinning_reason(pid, allow_direct_io)
+            or pinning_reason(pid, allow_direct_io)
         )
     except TargetGone:
         return NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run")
@@ -156,13 +156,18 @@ def _program_reason(pid: int, named: bool) -> GpuksmError | None:
     return None
 
 
-def _pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
+def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
+    """Why devices may write to memory of process `pid` unseen, or None.
+
+    Descriptors come and go: what was harmless at attaching may not be at a commit.
+    Raises TargetGone and NotPermitted.
+    """
     advice = "devices may write to its memory unseen; if you know that none does: --allow-direct-io"
     if not allow_direct_io:
         pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
         if pinned != "0":
             return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
-        if any(vma.path.startswith("/[aio]") for vma in procfs.maps(pid)):
+        if procfs.maps_mention(pid, " /[aio]"):
             return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
     for table in _descriptor_tables(pid):
         targets = procfs.fd_targets(table)

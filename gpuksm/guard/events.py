@@ -72,6 +72,7 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
         calls = callers.waiting_calls(target, freeze)
         if calls is None:
             return
+        _forget_unwiped(host, target)
         for number, arguments in calls:
             _before_reading(host, target, number, arguments, freeze)
         if target.unwiped and not freeze.holds:
@@ -99,6 +100,7 @@ def serve_still(host: Host, target: Target) -> None:
         calls = callers.still_calls(target)
         if calls is None or not all(map(callers.discards, calls)):
             return
+        _forget_unwiped(host, target)
         for call in calls:
             for start, end in callers.discarded(target.pid, call):
                 zero(host, target, start, end)
@@ -242,9 +244,16 @@ def _await_callers(target: Target, freeze: Freeze, held: list[int]) -> None:
 def wipe(host: Host, target: Target) -> None:
     """Write zeros where they could not be mapped; no thread of the target runs."""
     for start, end in target.unwiped:
-        _write_zeros(target, start, end)
-    target.unwiped.clear()
-    host.journal.append(DISCARD, target.id)
+        for piece in target.runs.overlapping(start, end):
+            _write_zeros(target, piece.start, piece.end)
+    _forget_unwiped(host, target)
+
+
+def _forget_unwiped(host: Host, target: Target) -> None:
+    """Drop the notes of an attempt that is done or came to nothing: then its caller waits still."""
+    if target.unwiped:
+        target.unwiped.clear()
+        host.journal.append(DISCARD, target.id)
 
 
 def _write_zeros(target: Target, start: int, end: int) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gpuksm import wire
-from gpuksm.errors import TargetGone, UsageError
+from gpuksm import eligibility, wire
+from gpuksm.errors import NotPermitted, TargetGone, UsageError
 from gpuksm.guard import faults, journal, verify
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.commit import Committer, Outcome, Pace
@@ -360,12 +360,25 @@ def _commit(
     if target is None:
         outcome.skip("gone", pages)
         return
+    if _may_be_pinned(target):
+        outcome.skip("direct-io", pages)
+        return
     committer = Committer(
         host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued
     )
     reason = _reason(host, target, lambda: committer.run(target, mine))
     if reason is not None:
         outcome.skip(reason, max(0, pages - (outcome.accounted - before)))
+
+
+def _may_be_pinned(target: Target) -> bool:
+    """True when devices may write to the target's memory unseen since it was attached (hazard 8)."""
+    try:
+        return eligibility.pinning_reason(target.pid, target.allow_direct_io) is not None
+    except NotPermitted:
+        return True
+    except TargetGone:
+        return False  # the commit finds that out
 
 
 def _settle(host: Host, ends: dict[int, set[int]], outcome: Outcome) -> None:

@@ -31,6 +31,7 @@ class Target:
     are kept unmerged behind a run that ends inside an extent, watched like merged
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
+    `allow_direct_io`: descriptors through which devices might write do not matter.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
     """
 
@@ -56,6 +57,7 @@ class Target:
     parked: Freeze | None = None
     pauses_us: list[int] = field(default_factory=list)
     closed: bool = False
+    allow_direct_io: bool = False
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:

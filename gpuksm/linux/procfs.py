@@ -134,6 +134,11 @@ def maps(pid: int) -> list[Vma]:
     return parse_maps(_read(pid, "maps"))
 
 
+def maps_mention(pid: int, name: str) -> bool:
+    """Whether a mapping of process `pid` is of a file whose path contains `name`; nothing is parsed."""
+    return name.encode() in _read(pid, "maps")
+
+
 def parse_smaps(data: bytes) -> list[SmapsVma]:
     """The VMAs of a smaps file, in address order; a VMA without its VmFlags line is left out.
 

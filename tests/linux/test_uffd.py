@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from gpuksm.linux import uffd
+from gpuksm.linux import pidfd, uffd
 from tests import requirements_env
+from tests.support import processes
 
 # Sends a userfaultfd of its own over its standard input, then does as it is told.
 _CHILD = """
@@ -44,4 +45,62 @@ def test_memory_exists(order: bytes) -> None:
             assert (child.poll() is None) == (order == b"exec")
         finally:
             os.close(fds[0])
+            child.kill()
+
+
+# Leaves a userfaultfd to a thread with a descriptor table of its own, then discards memory that it watches.
+_LEAVER = """
+import ctypes, fcntl, os, struct, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+void, size = ctypes.c_void_p, ctypes.c_size_t
+libc.mmap.restype = void
+libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.madvise.argtypes = [void, size, ctypes.c_int]
+at = libc.mmap(None, 8 * 4096, 3, 0x22, -1, 0)
+fd = libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1)
+fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("<QQQ", 0xAA, 1 << 13 | 1 << 15 | 1 << 3, 0)))
+fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("<QQQQ", at, 8 * 4096, 2, 0)))
+def hold():
+    assert libc.unshare(0x400) == 0
+    print(libc.syscall(186), fd, flush=True)
+    alone.set()
+    time.sleep(100)
+alone = threading.Event()
+threading.Thread(target=hold, daemon=True).start()
+alone.wait()
+os.close(fd)
+libc.madvise(at, 4096, 4)
+print("discarded", flush=True)
+"""
+
+
+def test_a_thread_alone_keeps_events_waiting() -> None:
+    """What hazard 14 can be met with: such a userfaultfd outlives its readers, and a new one can take it."""
+    requirements_env.need("uffd")
+    with subprocess.Popen([sys.executable, "-S", "-c", _LEAVER], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            tid, number = map(int, child.stdout.readline().split())
+            deadline = time.monotonic() + 20
+            while processes.waits_in(child.pid) != "userfaultfd_event_wait_completion":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process = os.pidfd_open(child.pid)
+            try:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    pidfd.steal(process, number)
+            finally:
+                os.close(process)
+            try:
+                thread = os.pidfd_open(tid, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
+            except OSError:
+                pytest.skip("no pidfds of threads in this kernel")
+            taken = pidfd.steal(thread, number)
+            os.close(thread)
+            event = uffd.read_event(taken)
+            os.close(taken)
+            assert event is not None
+            assert event.kind == uffd.EVENT_REMOVE
+            assert child.stdout.readline() == "discarded\n"
+        finally:
             child.kill()
