@@ -1,11 +1,12 @@
-"""Named points at which tests kill, fail or delay the guard: GPUKSM_FAULT=point[:nth][:action].
+"""Named points at which tests kill, fail, delay or stop the guard: GPUKSM_FAULT=point[:nth][:action].
 
-| action | what happens at the `nth` time (the first when left out) that the point is passed |
+| action | what happens at the `nth` time (the first when left out, every one for "*") that the point is passed |
 |---|---|
 | kill | SIGKILL to ourselves; what is done when no action is named |
 | error, enomem, eagain, esrch | OSError with EIO, ENOMEM, EAGAIN, ESRCH |
 | short | what was just read counts as half of that, at points that read memory; elsewhere nothing |
 | 20ms | a delay |
+| stop | SIGSTOP to ourselves: who continues us decides how long |
 | SIGUSR1@PID | a signal to process PID, and a millisecond in which it may be delivered |
 
 By a signal a test makes a target exit, fork or call exec at the point: at once where it
@@ -25,7 +26,7 @@ _ERRORS = {"error": errno.EIO, "enomem": errno.ENOMEM, "eagain": errno.EAGAIN, "
 _SPEC = os.environ.get("GPUKSM_FAULT", "")
 _POINT, _, _rest = _SPEC.partition(":")
 _words = _rest.split(":") if _rest else []
-_NTH = int(_words.pop(0)) if _words and _words[0].isdigit() else 1
+_NTH = _words.pop(0) if _words and (_words[0].isdigit() or _words[0] == "*") else "1"
 _ACTION = _words[0] if _words else "kill"
 _seen = 0
 
@@ -47,11 +48,13 @@ def _pass(name: str) -> bool:
     """True when it was the point's turn and we live on."""
     global _seen
     _seen += 1
-    if _seen != _NTH:
+    if _NTH not in ("*", str(_seen)):
         return False
     os.write(2, f"fault injected: {_SPEC}\n".encode())
     if _ACTION == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif _ACTION == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif _ACTION in _ERRORS:
         raise OSError(_ERRORS[_ACTION], f"fault injected at {name}")
     elif _ACTION.endswith("ms"):

@@ -40,6 +40,8 @@ def _run(code: str, spec: str) -> subprocess.CompletedProcess[str]:
         ("here:3:kill", "0\n1\n", -9),
         ("here:2:error", "0\n", 1),
         ("here:1:1ms", "0\n1\n2\n", 0),
+        ("here:*:1ms", "0\n1\n2\n", 0),
+        ("here:*:error", "", 1),
         ("here:1:short", "0\n1\n2\n", 0),
     ],
 )
