@@ -1,6 +1,6 @@
 """Named points at which tests kill, fail, delay or stop the guard: GPUKSM_FAULT=point[:nth][:action].
 
-| action | what happens at the `nth` time (the first when left out, every one for "*") that the point is passed |
+| action | what happens at the `nth` time (1 when left out, every time for "*") that the point is passed |
 |---|---|
 | kill | SIGKILL to ourselves; what is done when no action is named |
 | error, enomem, eagain, esrch | OSError with EIO, ENOMEM, EAGAIN, ESRCH |
