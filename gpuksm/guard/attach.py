@@ -42,6 +42,8 @@ _PR_SET_NAME = 15
 AGENT_NAME = "gpuksm-agent"
 _CAPABILITY_VERSION_3 = 0x20080522
 _RSEQ_CS_OFFSET = 8
+_MOST_LEFTOVERS = 256
+_ALL_SIGNALS = "fffffffffffbfeff"  # but SIGKILL and SIGSTOP, in /proc/PID/status
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
 
 
@@ -114,13 +116,20 @@ def unmap_leftovers(attachment: Attachment, memory: int) -> None:
     """Unmap code pages that earlier agents of this process left behind (a thread cannot unmap its own)."""
     x86 = arch.current()
     pid, mine = attachment.agent.pid, attachment.agent.tid
-    if any(procfs.stat(tid).comm == AGENT_NAME for tid in procfs.threads(pid) if tid != mine):
-        return  # an older agent has not quite ended
+    if any(_blocks_all_signals(tid) for tid in procfs.threads(pid) if tid != mine):
+        return  # an older agent has not quite ended, or a bootstrap that was left alone has not
     for vma in procfs.maps(pid):
-        if vma.perms != "r-xp" or vma.inode or vma.start == attachment.code:
+        # Pages of several agents that lie side by side are one mapping.
+        if vma.perms != "r-xp" or vma.inode or vma.end - vma.start > _MOST_LEFTOVERS * x86.CODE_BYTES:
             continue
-        if vma.end - vma.start == x86.CODE_BYTES and os.pread(memory, len(x86.AGENT), vma.start) == x86.AGENT:
-            attachment.agent.call(x86.NR.MUNMAP, vma.start, x86.CODE_BYTES)
+        for page in range(vma.start, vma.end, x86.CODE_BYTES):
+            if page != attachment.code and os.pread(memory, len(x86.AGENT), page) == x86.AGENT:
+                attachment.agent.call(x86.NR.MUNMAP, page, x86.CODE_BYTES)
+
+
+def _blocks_all_signals(tid: int) -> bool:
+    """True for agents and for a thread within the bootstrap; the C library never blocks two of its own."""
+    return procfs.status(tid)["SigBlk"] == _ALL_SIGNALS
 
 
 def _open_memory(pid: int) -> int:

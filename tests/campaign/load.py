@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpuksm import errors
@@ -142,15 +142,16 @@ def is_control_block(said: str) -> bool:
     return found is not None and int(found[2], 16) - int(found[1], 16) == _CONTROL_BLOCK_BYTES
 
 
-def settled_difference(
-    victim: Victim, before: processes.Footprint, may_stay: Callable[[str], bool] | None = None
-) -> list[str]:
-    """What gpuksm has left in a victim, once agents that are ending have had time to."""
+def settled_difference(victim: Victim, before: processes.Footprint) -> list[str]:
+    """What gpuksm has left in a victim, once agents that are ending have had time to.
+
+    A control block, which may stay, is not waited for once no thread of ours is left.
+    """
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         said = processes.left_behind(before, processes.footprint(victim.pid))
         if victim.program in _MOVES_ITS_MEMORY:
             said = [each for each in said if not each.startswith("mapping")]
-        if all(may_stay is not None and may_stay(each) for each in said) or time.monotonic() > deadline:
+        if all(map(is_control_block, said)) or time.monotonic() > deadline:
             return said
         time.sleep(0.02)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from gpuksm.guard import arch
 from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -170,8 +171,32 @@ def test_successors_leave_nothing_behind(each_world: World) -> None:
     # Those of one turn may still wait to be freed.
     assert result["pages_shared"] <= 2 * first, "slots of dead guards are kept"
     for victim in victims:
-        pages = processes.anonymous_code(victim.pid)
-        assert len(pages) <= 1, f"code of ended agents: {pages}"
+        code = processes.anonymous_code(victim.pid)
+        assert sum(mapping.pages for mapping in code) <= 1, f"code of ended agents: {code}"
     world.unmerge()
     after = {victim.pid: processes.footprint(victim.pid).coredump_filter for victim in victims}
     assert before == after, "what is written into core dumps was not put back"
+
+
+# Pages that hold what an ended agent has left, side by side: one mapping for the kernel.
+LEFTOVERS = """
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pages = mmap.mmap(-1, 3 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(3):
+    pages[page * 4096 : page * 4096 + len(sys.argv[1]) // 2] = bytes.fromhex(sys.argv[1])
+at = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert libc.mprotect(ctypes.c_void_p(at), 3 * 4096, mmap.PROT_READ | mmap.PROT_EXEC) == 0
+print("READY", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_code_pages_side_by_side_are_unmapped(world: World) -> None:
+    victim = world.python(LEFTOVERS, arch.current().AGENT.hex())
+    before = sum(mapping.pages for mapping in processes.anonymous_code(victim.pid))
+    world.scan(victim)
+    deadline = time.monotonic() + 10
+    while (left := sum(mapping.pages for mapping in processes.anonymous_code(victim.pid))) > before - 3 + 1:
+        assert time.monotonic() < deadline, f"{before} pages of code became {left}"
+        time.sleep(0.01)
