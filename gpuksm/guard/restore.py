@@ -68,6 +68,18 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
             target.runs.remove(piece.start, piece.end)
             return
         stop = min(piece.end, vma.end)
+        if not vma.inode:
+            # In the ledger only: the guard failed between noting it and mapping it.
+            journal.append(UNMAP, target.id, piece.start, stop)
+            target.runs.remove(piece.start, stop)
+            for page in range(piece.start, stop if border else piece.start, PAGE_SIZE):
+                table = Table()
+                target.add_border(table, page)
+                target.link.agent.perform(table)
+                target.borders.add(page)
+                journal.append(BORDER, target.id, page)
+            piece = piece.cut(stop, piece.end)
+            continue
         _restore_part(target, journal, piece.cut(piece.start, stop), vma, border)
         piece = piece.cut(stop, piece.end)
 
