@@ -32,7 +32,7 @@ from gpuksm.guard import arch, callers, events, faults, identity, journal
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import Attachment, attach, unmap_leftovers
 from gpuksm.guard.freeze import Freeze, FreezeFailed
-from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
+from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target, set_coredump_filter
 from gpuksm.linux import procfs, ptrace, uffd
@@ -63,6 +63,7 @@ class Orphan:
     guard: Guard | None = None
     read: list[uffd.Event] = field(default_factory=list)
     discards: list[tuple[int, int]] = field(default_factory=list)
+    copy: tuple[int, int, int] | None = None  # see restore.drop_copy
     faults: list[int] = field(default_factory=list)
     guessed: bool = False  # the pid was searched for
 
@@ -132,6 +133,8 @@ class Orphan:
         target.coredump_filter = self.coredump_filter
         target.tethered = self.tethered
         self.guard.adopt(target)
+        if self.copy is not None:
+            drop_copy(target, self.guard.store, self.guard.journal, self.copy)
         _take_runs(self.guard, target, self.borders)
         if self.uffd_event is None:
             _watch_all(target)

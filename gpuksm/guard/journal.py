@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 RECORD = struct.Struct("<IIQQQ")
 TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(1, 10)
-BORN, DISCARD, COREDUMP = range(10, 13)
+BORN, DISCARD, COREDUMP, COPY = range(10, 14)
 
 
 class Record(NamedTuple):
@@ -27,6 +27,7 @@ class Record(NamedTuple):
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
     DISCARD: start, end of what a target without agent discards (0, 0: all of that is done).
     COREDUMP: the target's coredump_filter before anything was merged in it.
+    COPY: start, size of a copy that is to replace merged memory at c (0, 0: it has, or is gone).
     BORN: when the store was made, in clock ticks since boot; the seed of its digests.
     """
 

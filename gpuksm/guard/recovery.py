@@ -52,6 +52,8 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             before = orphans.get(record.target)
             orphans[record.target] = children.Orphan(0, None, record.target, pid)
             orphans[record.target].discards = before.discards if before else []
+        elif record.kind == journal.COPY and record.target in orphans:
+            orphans[record.target].copy = (record.a, record.b, record.c) if record.b else None
         elif record.kind == journal.COREDUMP and record.target in orphans:
             orphans[record.target].coredump_filter = record.a
         elif record.kind == journal.GONE:

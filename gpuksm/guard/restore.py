@@ -8,12 +8,14 @@ elsewhere, we copy the piece's present content into it (through /proc/PID/mem, s
 that PROT_NONE ranges can be read too), then the agent moves it over the piece in
 one mremap.
 
-If we die: before the move nothing has changed but a stray mapping; the move itself
-is linked to its unregistration, so the agent performs both or neither.
+If we die: before the move nothing has changed but that there is a copy, of which the
+journal tells our successor; the move itself is linked to its unregistration, so the
+agent performs both or neither.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -21,9 +23,9 @@ from contextlib import AbstractContextManager
 
 from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, faults
-from gpuksm.guard.agent import Table
+from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
-from gpuksm.guard.journal import BORDER, UNMAP, Journal
+from gpuksm.guard.journal import BORDER, COPY, UNMAP, Journal
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import (
@@ -86,17 +88,48 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
 
 def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQuery, border: bool) -> None:
     """Restore a piece that lies within `vma`."""
-    agent, nr, prot = target.link.agent, arch.current().NR, protection(vma)
+    agent, nr = target.link.agent, arch.current().NR
     size = piece.end - piece.start
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     try:
         fresh = agent.call(nr.MMAP, 0, size, PROT_READ | PROT_WRITE, flags, -1, 0)
     except OSError as error:
         raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
-    _copy(target, piece.start, fresh, size)
-    faults.point("restore-copied")
-    if prot != PROT_READ | PROT_WRITE:
-        agent.call(nr.MPROTECT, fresh, size, prot)
+    journal.append(COPY, target.id, fresh, size, piece.start)
+    try:
+        _fill_copy(target, piece, fresh, protection(vma))
+        _put_copy(target, piece, fresh, vma, border)
+        faults.point("restore-moved")
+    finally:
+        # As long as we live we know ourselves what has become of it.
+        journal.append(COPY, target.id)
+    journal.append(UNMAP, target.id, piece.start, piece.end)
+    target.runs.remove(piece.start, piece.end)
+    if border:
+        for page in range(piece.start, piece.end, PAGE_SIZE):
+            target.borders.add(page)
+            journal.append(BORDER, target.id, page)
+
+
+def _fill_copy(target: Target, piece: Run, fresh: int, prot: int) -> None:
+    """Copy a piece's present content to `fresh` and protect it alike; it is unmapped when that fails."""
+    agent, nr = target.link.agent, arch.current().NR
+    size = piece.end - piece.start
+    try:
+        _copy(target, piece.start, fresh, size)
+        faults.point("restore-copied")
+        if prot != PROT_READ | PROT_WRITE:
+            agent.call(nr.MPROTECT, fresh, size, prot)
+    except Exception:
+        with contextlib.suppress(OSError, TargetGone, AgentStuck):
+            agent.call(nr.MUNMAP, fresh, size)
+        raise
+
+
+def _put_copy(target: Target, piece: Run, fresh: int, vma: procfs.VmaQuery, border: bool) -> None:
+    """Move the copy at `fresh` over a piece; RestoreFailed, with the piece as it was, when it cannot be."""
+    agent, nr = target.link.agent, arch.current().NR
+    size = piece.end - piece.start
     table = Table()
     target.add_unregister(table, piece.start, size)
     moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, after_success=True)
@@ -112,13 +145,20 @@ def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQ
         target.add_register(undo, piece.start, size)
         agent.perform(undo)
         raise RestoreFailed(f"process {target.pid} cannot move memory ({result})")
-    faults.point("restore-moved")
-    journal.append(UNMAP, target.id, piece.start, piece.end)
-    target.runs.remove(piece.start, piece.end)
-    if border:
-        for page in range(piece.start, piece.end, PAGE_SIZE):
-            target.borders.add(page)
-            journal.append(BORDER, target.id, page)
+
+
+def drop_copy(target: Target, store: Store, journal: Journal, copy: tuple[int, int, int]) -> None:
+    """Unmap the copy (start, size, where it was to go) that a dead guard was making (target frozen).
+
+    As long as the store is mapped where it was to go, it has not been moved, and what lies at
+    its start is ours; otherwise it may be the target's by now.
+    """
+    start, size, goal = copy
+    vma = target.query(goal)
+    if vma is not None and vma.inode == store.inode:
+        with contextlib.suppress(OSError):
+            target.link.agent.call(arch.current().NR.MUNMAP, start, size)
+    journal.append(COPY, target.id)
 
 
 def _copy(target: Target, source: int, destination: int, size: int) -> None:

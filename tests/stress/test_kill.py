@@ -200,3 +200,17 @@ def test_code_pages_side_by_side_are_unmapped(world: World) -> None:
     while (left := sum(mapping.pages for mapping in processes.anonymous_code(victim.pid))) > before - 3 + 1:
         assert time.monotonic() < deadline, f"{before} pages of code became {left}"
         time.sleep(0.01)
+
+
+def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World) -> None:
+    victims = [world.victim("regions", 512, 16, seed, "straight") for seed in (1, 2)]
+    before = [processes.footprint(victim.pid) for victim in victims]
+    world.extra_env["GPUKSM_FAULT"] = "restore-copied:1"
+    world.scan(*victims)
+    assert world.gpuksm("unmerge", "--all").code != 0
+    world.unmerge()
+    deadline = time.monotonic() + 10
+    for victim, was in zip(victims, before, strict=True):
+        while left := processes.left_behind(was, processes.footprint(victim.pid)):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
