@@ -25,7 +25,7 @@ import errno
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import arch, callers, events, faults, identity, journal
@@ -46,6 +46,16 @@ _RETRY_SECONDS = 0.05
 _SEARCHES = 40
 
 
+class Read(NamedTuple):
+    """An event that was read before there was an agent.
+
+    `grown` is the size that a move asked for, in bytes; None where its call was not seen.
+    """
+
+    event: uffd.Event
+    grown: int | None = None
+
+
 @dataclass
 class Orphan:
     """A forked child that has no agent yet; `uffd_event` is None for one that the tether holds."""
@@ -61,7 +71,7 @@ class Orphan:
     due: float = 0.0
     tries: int = 0
     guard: Guard | None = None
-    read: list[uffd.Event] = field(default_factory=list)
+    read: list[Read] = field(default_factory=list)
     discards: list[tuple[int, int]] = field(default_factory=list)
     copy: tuple[int, int, int] | None = None  # see restore.drop_copy
     faults: list[int] = field(default_factory=list)
@@ -90,7 +100,7 @@ class Orphan:
                 self.faults.append(event.b & ~(PAGE_SIZE - 1))
                 self._resolve_faults()
             else:
-                self.read.append(event)
+                self.read.append(Read(event, _size_asked_for(event, calls)))
                 faults.point("child-event-read")
 
     def _make_touches_wait(self, guard: Guard, uffd_event: int, pid: int, start: int, end: int) -> None:
@@ -138,8 +148,8 @@ class Orphan:
         _take_runs(self.guard, target, self.borders)
         if self.uffd_event is None:
             _watch_all(target)
-        for index, event in enumerate(self.read):
-            _late(self.guard, target, event, self.read[index + 1 :])
+        for index, (event, grown) in enumerate(self.read):
+            _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
             if event.kind == uffd.EVENT_REMAP:
                 self.discards += [
                     (max(start, event.a) + event.b - event.a, min(end, event.a + event.c) + event.b - event.a)
@@ -341,14 +351,31 @@ def _watch_all(target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
 
 
-def _late(guard: Guard, target: Target, event: uffd.Event, later: list[uffd.Event]) -> None:
+def _size_asked_for(event: uffd.Event, calls: list[callers.Call]) -> int | None:
+    """The new size in the call that `event` tells of; None when it is none of `calls`, or moves no size."""
+    if event.kind != uffd.EVENT_REMAP:
+        return None
+    for number, arguments in calls:
+        old, old_size, new_size = arguments[:3]
+        if number == arch.current().NR.MREMAP and old <= event.a < old + max(old_size, 1):
+            # Of several mappings that move at once none grows.
+            return new_size if old == event.a and old_size != new_size else event.c
+    return None
+
+
+def _late(
+    guard: Guard, target: Target, event: uffd.Event, grown: int | None, later: list[uffd.Event]
+) -> None:
     """An event that had to be read before there was an agent; the child is still frozen."""
     if event.kind == uffd.EVENT_REMOVE:
         events.zero(guard, target, event.a, event.b)
     elif event.kind == uffd.EVENT_REMAP:
         run = target.runs.at(event.b)
-        if run is not None and run.end > event.b + event.c:
-            events.forget_store(guard, target, event.b + event.c, run.end)
+        if run is not None:
+            # What lies behind may be one mapping with it, and the target's own all the same.
+            end = run.end if grown is None else -(-(event.b + grown) // PAGE_SIZE) * PAGE_SIZE
+            if end > event.b + event.c:
+                events.forget_store(guard, target, event.b + event.c, end)
         # MREMAP_DONTUNMAP left the store mapped where the range was; or another move has arrived there.
         start, end = event.a, event.a + event.c
         arrived = [move for move in later if move.kind == uffd.EVENT_REMAP]
