@@ -221,6 +221,7 @@ def campaign(who: str, kills: int, seed: int, victims_folder: Path, *, verbose: 
             except (AssertionError, OSError, errors.GpuksmError) as error:
                 log = world.folder / "guard.log"
                 said = log.read_text()[-3000:] if log.exists() else ""
+                said += world.ended_victims()
                 raise AssertionError(f"seed {seed}, kill {done + 1} ({turn}): {error!r}\n{said}") from error
     return counts
 

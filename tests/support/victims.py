@@ -113,6 +113,15 @@ class Victim:
         line, _, self._pending = self._pending.partition(b"\n")
         return line.decode()
 
+    def last_words(self) -> str:
+        """What it has said that nobody has read."""
+        if self.process.stdout is None or self.process.stdout.closed:
+            return ""
+        os.set_blocking(self._output, False)
+        with contextlib.suppress(BlockingIOError):
+            self._pending += os.read(self._output, 65536)
+        return self._pending.decode(errors="replace")
+
     def stop(self, timeout: float = 20) -> None:
         """End the victim; a status it should not have is an AssertionError."""
         if self.process.stdin is None or self.process.stdin.closed:

@@ -211,6 +211,14 @@ class World:
             assert time.monotonic() < deadline, f"still running after shutdown: {self.guard_processes()}"
             time.sleep(0.01)
 
+    def ended_victims(self) -> str:
+        """Each victim that has ended, with its status and what it said last."""
+        return "".join(
+            f"\n{victim.name} ({victim.pid}) ended with {victim.process.returncode}: {victim.last_words()}"
+            for victim in self.victims
+            if victim.process.poll() is not None
+        )
+
     def check_nothing_stopped(self) -> None:
         """No thread of a victim may be stopped or traced for longer than a freeze lasts."""
         for victim in self.victims:
