@@ -12,7 +12,7 @@
 #include "victim.h"
 #include <stdatomic.h>
 
-#define MAX_CHILDREN 64
+#define MAX_CHILDREN 4096
 
 static struct area still, dropped, busy;
 static char **own_arguments;
