@@ -37,7 +37,7 @@ def main() -> None:
     if first:
         keeping.keep("store", store.fd)
         keeping.keep("ledger", journal.fd)
-    guard = Guard(keeping.keep, store, journal)
+    guard = Guard(keeping, store, journal)
     if first:
         guard.store_born = procfs.stat(os.getpid()).start_time
         guard.seed = int.from_bytes(os.urandom(8), "little")

@@ -75,6 +75,7 @@ class Orphan:
     discards: list[tuple[int, int]] = field(default_factory=list)
     copy: tuple[int, int, int] | None = None  # see restore.drop_copy
     faults: list[int] = field(default_factory=list)
+    forks: dict[int, Orphan] = field(default_factory=dict)  # children of its own, by userfaultfd
     guessed: bool = False  # the pid was searched for
 
     # attach.ForkedChild
@@ -93,15 +94,18 @@ class Orphan:
             for call in calls:
                 for start, end in callers.discarded(self.pid, call):
                     self._make_touches_wait(self.guard, self.uffd_event, self.pid, start, end)
-            event = uffd.read_event(self.uffd_event)
+            event = self.guard.read_event(self.uffd_event, self.id, calls)
             if event is None:
                 return
             if event.kind == uffd.EVENT_PAGEFAULT:
                 self.faults.append(event.b & ~(PAGE_SIZE - 1))
                 self._resolve_faults()
-            else:
-                self.read.append(Read(event, _size_asked_for(event, calls)))
-                faults.point("child-event-read")
+                continue
+            if event.kind == uffd.EVENT_FORK:
+                # Held by the keeper at once: with the last descriptor the child's discards would go unseen.
+                self.forks[event.a] = forked(self.guard, self.id, event.a)
+            self.read.append(Read(event, _size_asked_for(event, calls)))
+            faults.point("child-event-read")
 
     def _make_touches_wait(self, guard: Guard, uffd_event: int, pid: int, start: int, end: int) -> None:
         """Note a discard that we cannot answer yet, once, and bar what is merged there."""
@@ -149,7 +153,12 @@ class Orphan:
         if self.uffd_event is None:
             _watch_all(target)
         for index, (event, grown) in enumerate(self.read):
-            _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
+            if event.kind == uffd.EVENT_FORK:
+                child = self.forks[event.a]
+                child.runs, child.borders = list(target.runs), set(target.borders)
+                self.guard.orphans.append(child)
+            else:
+                _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
             if event.kind == uffd.EVENT_REMAP:
                 self.discards += [
                     (max(start, event.a) + event.b - event.a, min(end, event.a + event.c) + event.b - event.a)
@@ -381,8 +390,13 @@ def _late(
         arrived = [move for move in later if move.kind == uffd.EVENT_REMAP]
         if not any(move.b < end and start < move.b + move.c for move in arrived):
             events.forget_store(guard, target, start, end)
-    elif event.kind == uffd.EVENT_FORK:
-        os.set_inheritable(event.a, False)
-        orphan = Orphan(target.id, event.a, guard.new_id(), None, list(target.runs), set(target.borders))
-        guard.keep(f"event:{orphan.id}", event.a)
-        guard.orphans.append(orphan)
+
+
+def forked(guard: Guard, parent: int, uffd_event: int) -> Orphan:
+    """A child whose userfaultfd was just read, and of which nobody else need know yet."""
+    number = guard.held_as(uffd_event)
+    if number is None:
+        number = guard.new_id()
+        guard.keep(f"event:{number}", uffd_event)
+    os.set_inheritable(uffd_event, False)
+    return Orphan(parent, uffd_event, number)

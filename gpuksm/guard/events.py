@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from gpuksm.errors import TargetGone
@@ -57,6 +57,9 @@ class Host(Protocol):
     journal: Journal
     event_counts: dict[str, int]
 
+    def read_event(self, uffd_event: int, number: int, calls: Iterable[callers.Call]) -> uffd.Event | None:
+        """The next event of target `number`, whose threads wait in `calls`."""
+
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """A fork event was read: `uffd_event` watches the child; one of the threads `held` forked."""
 
@@ -81,7 +84,7 @@ def pump(host: Host, target: Target, freeze: Freeze) -> None:
             callers.wait_for_others(target, freeze)
         held = list(freeze.waiting)
         faults.point("event-prepared")
-        event = uffd.read_event(target.link.uffd_event)
+        event = host.read_event(target.link.uffd_event, target.id, calls)
         if event is None:
             return
         _apply(host, target, event, freeze, held)

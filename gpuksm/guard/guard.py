@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gpuksm import eligibility
@@ -27,19 +27,21 @@ from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach, unmap_leftovers
 from gpuksm.guard.commit import Pace, vma_budget
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
+from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.registry import Registry
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.tether import Tether
-from gpuksm.linux import census, procfs
+from gpuksm.linux import census, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 
 class Guard:
     """Targets, store and ledger of one security domain."""
 
-    def __init__(self, keep: Callable[[str, int | None], None], store: Store, log: journal.Journal) -> None:
-        self.keep = keep  # keep(tag, fd): the keeper holds a duplicate; keep(tag, None): lets it go
+    def __init__(self, keeping: Keeping, store: Store, log: journal.Journal) -> None:
+        self.keep = keeping.keep  # keep(tag, fd): the keeper holds a duplicate; keep(tag, None): lets it go
+        self._keeping = keeping
         self.store = store
         self.store_born = 0
         self.seed = 0  # of the scanner's digests: random for each store, so nobody can prepare collisions
@@ -286,10 +288,19 @@ class Guard:
         finally:
             self._serving = False
 
+    def read_event(self, uffd_event: int, number: int, calls: Iterable[callers.Call]) -> uffd.Event | None:
+        """The next event of target `number`, whose threads wait in `calls`; a fork's by way of the keeper."""
+        if any(call in arch.current().NR.FORKS for call, _ in calls):
+            return self._keeping.read_event(uffd_event, number, self.new_id())
+        return uffd.read_event(uffd_event)
+
+    def held_as(self, fd: int) -> int | None:
+        """The number under which the keeper holds the userfaultfd `fd` already, or None."""
+        return self._keeping.number_of(fd)
+
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """events.Host: remember the child; it is adopted as soon as the parent runs again."""
-        orphan = children.Orphan(parent.id, uffd_event, self.new_id())
-        self.keep(f"event:{orphan.id}", uffd_event)
+        orphan = children.forked(self, parent.id, uffd_event)
         orphan.pid = children.pid_of_fork(parent, freeze, held)
         if orphan.pid is not None:
             with contextlib.suppress(TargetGone):  # a successor need not search for it

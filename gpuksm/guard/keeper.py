@@ -22,9 +22,11 @@ import sys
 import time
 from pathlib import Path
 
-from gpuksm.linux import process
+from gpuksm.linux import process, uffd
 
 END = "end"  # the guard's word that it ends on purpose
+FORK = "fork "  # and, with two tags, that an event is to be read in its place
+NOTHING = b"-"
 TAG_BYTES = 64
 # A process that dies at once again and again must not take the processor with it.
 _SHORT_LIFE_SECONDS = 0.5
@@ -92,10 +94,27 @@ def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
         tag = data.decode().strip()
         if tag in ("", END):
             return tag == END
+        if tag.startswith(FORK):
+            _read_fork(link, kept, *tag.removeprefix(FORK).split())
+            continue
         if tag in kept:
             os.close(kept.pop(tag))
         if fds:
             kept[tag] = fds[0]
+
+
+def _read_fork(link: socket.socket, kept: dict[str, int], parent: str, child: str) -> None:
+    """Read an event of `parent` for the guard; if it brings a userfaultfd, hold that as `child`.
+
+    Read by the guard, it would have one holder for a moment, and with the guard's death none:
+    the child would go on with merged memory that nobody answers for.
+    """
+    data = uffd.read_message(kept[parent]) if parent in kept else b""
+    fd = uffd.forked(data)
+    if fd is not None:
+        kept[child] = fd
+    with contextlib.suppress(OSError):  # the guard has just died: its successor is told of the child
+        socket.send_fds(link, [data or NOTHING], [] if fd is None else [fd])
 
 
 def _await_end(guard: int) -> None:

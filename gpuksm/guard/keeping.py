@@ -21,8 +21,11 @@ import subprocess
 import time
 from pathlib import Path
 
-from gpuksm.guard import keeper
+from gpuksm.guard import faults, keeper
 from gpuksm.guard.keeper import Patience
+from gpuksm.linux import uffd
+
+_READ_SECONDS = 2.0
 
 
 class Keeping:
@@ -43,6 +46,44 @@ class Keeping:
         else:
             self.held[tag] = fd
         self._say(tag, [] if fd is None else [fd])
+
+    def read_event(self, fd: int, parent: int, child: int) -> uffd.Event | None:
+        """The next event of the userfaultfd `fd`, held for `parent`, by way of the keeper.
+
+        If it brings a child's, the keeper holds that for the number `child` before we know of it.
+        Without a keeper it is read here.
+        """
+        data = self._ask(f"event:{parent}", f"event:{child}")
+        if data is None:
+            return uffd.read_event(fd)
+        event = uffd.parse(data)
+        if event is not None and event.kind == uffd.EVENT_FORK:
+            faults.point("fork-read")
+            return event._replace(a=self.held[f"event:{child}"])
+        return event
+
+    def number_of(self, fd: int) -> int | None:
+        """The number for which the userfaultfd `fd` is held, or None."""
+        tags = (tag for tag, held in self.held.items() if held == fd and tag.startswith("event:"))
+        return next((int(tag.partition(":")[2]) for tag in tags), None)
+
+    def _ask(self, parent: str, child: str) -> bytes | None:
+        """What the keeper has read of `parent`; None when there is no keeper that answers."""
+        if self._link is None:
+            return None
+        try:
+            self._link.settimeout(_READ_SECONDS)
+            self._link.send(f"{keeper.FORK}{parent} {child}".encode().ljust(keeper.TAG_BYTES))
+            data, fds, _, _ = socket.recv_fds(self._link, keeper.TAG_BYTES, 1)
+            self._link.settimeout(None)
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self.lost()
+            return None
+        if fds:
+            self.held[child] = fds[0]
+        return b"" if data == keeper.NOTHING else data
 
     def end(self) -> None:
         """Tell the keeper that we end on purpose: it ends too."""

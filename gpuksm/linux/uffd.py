@@ -98,13 +98,31 @@ def range_argument(start: int, length: int) -> bytes:
     return _RANGE.pack(start, length)
 
 
-def read_event(fd: int) -> Event | None:
-    """The next event, or None when there is none (the descriptor is non-blocking)."""
+def read_message(fd: int) -> bytes:
+    """What the next event reads as, for `parse`; nothing when there is none (the descriptor is non-blocking).
+
+    Reading a fork event opens the child's userfaultfd in this process: see `forked`.
+    """
     try:
-        data = os.read(fd, _MESSAGE.size)
+        return os.read(fd, _MESSAGE.size)
     except BlockingIOError:
-        return None
+        return b""
+
+
+def parse(data: bytes) -> Event | None:
+    """The event that `read_message` gave, or None."""
     if len(data) < _MESSAGE.size:
         return None
     kind, a, b, c = _MESSAGE.unpack(data)
     return Event(kind, a & 0xFFFFFFFF if kind == EVENT_FORK else a, b, c)
+
+
+def forked(data: bytes) -> int | None:
+    """The child's userfaultfd, where `data` is that of a fork event."""
+    event = parse(data)
+    return event.a if event is not None and event.kind == EVENT_FORK else None
+
+
+def read_event(fd: int) -> Event | None:
+    """The next event, or None when there is none."""
+    return parse(read_message(fd))

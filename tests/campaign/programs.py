@@ -75,7 +75,7 @@ def _churn(name: str, library: str | None) -> Program:
 
 _STRESS = (
     "stress-ng --verify --vm 2 --vm-bytes 64M --malloc 2 --malloc-bytes 96M --mremap 1 --mremap-bytes 16M "
-    "--fork 1 --brk 1 --brk-bytes 64M --timeout SECONDS --temp-path FOLDER --oomable --metrics-brief"
+    "--fork 1 --timeout SECONDS --temp-path FOLDER --oomable --metrics-brief"
 )
 # Where heaps are full of pointers, or pages have the server's own words in them, two copies are equal
 # only with the same layout, as `gpuksm exec --same-layout` gives it.
