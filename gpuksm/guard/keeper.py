@@ -90,7 +90,10 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
 def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
     """Take and let go descriptors as the guard says, until it is gone; whether it said that it ends."""
     while True:
-        data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
+        try:
+            data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
+        except ConnectionResetError:
+            continue  # it died with an answer of ours unread; what it said before that comes next
         tag = data.decode().strip()
         if tag in ("", END):
             return tag == END
