@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gpuksm.errors import BackendUnavailable
 from gpuksm.hashing import selftest, xxh3
 from gpuksm.hashing.compiled import library
-from gpuksm.hashing.crew import Crew
+from gpuksm.hashing.crew import Crew, usable_cpus
 from gpuksm.hashing.protocol import PAGE_BYTES, PageSource
 from gpuksm.hashing.sort import radix_sort
 
@@ -62,6 +62,7 @@ class CpuHasher:
         self._crew = Crew(threads)
         self._staging = [_Staging(chunk_pages) for _ in range(self._crew.threads)]
         self._busy = Lock()
+        self._workers = self._crew.threads
 
     @property
     def threads(self) -> int:
@@ -81,11 +82,16 @@ class CpuHasher:
             hash_pages(staging.words, staging.ok, self._keys, digests[first:end], kinds[first:end])
 
         with self._busy:
-            self._crew.run(chunk, -(-pages // self.chunk_pages))
+            self._crew.run(chunk, -(-pages // self.chunk_pages), self._workers)
 
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """See `Hasher.sort`."""
         return radix_sort(digests, self._crew.threads)
+
+    def leave(self, cpus: int) -> None:
+        """See `Hasher.leave`."""
+        threads = self._crew.threads
+        self._workers = max(1, min(threads, usable_cpus() - cpus)) if cpus else threads
 
     def close(self) -> None:
         """End the threads and drop the staging buffers."""

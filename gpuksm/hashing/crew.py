@@ -24,8 +24,8 @@ class Crew:
             ThreadPoolExecutor(self.threads - 1, thread_name_prefix="gpuksm") if self.threads > 1 else None
         )
 
-    def run(self, work: Callable[[int, int], None], items: int) -> None:
-        """Call work(worker, item) once for each item of range(items), in any order.
+    def run(self, work: Callable[[int, int], None], items: int, workers: int | None = None) -> None:
+        """Call work(worker, item) once for each item of range(items), in any order, by at most `workers`.
 
         One worker never runs two calls at once.  The first exception stops the
         rest and is raised here, after every worker has ended.
@@ -43,7 +43,7 @@ class Crew:
                 stopped = True
                 raise
 
-        helpers = min(self.threads, items) - 1
+        helpers = min(self.threads if workers is None else workers, items) - 1
         futures = [self._pool.submit(labour, worker + 1) for worker in range(helpers)] if self._pool else []
         try:
             labour(0)

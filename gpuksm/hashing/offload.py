@@ -188,6 +188,9 @@ class OffloadHasher:
         with self._busy, self._sorting:
             self._release()
 
+    def leave(self, cpus: int) -> None:
+        """See `Hasher.leave`: the device does the work."""
+
     def close(self) -> None:
         """Give everything back; the hasher cannot be used any more."""
         with self._busy, self._sorting:

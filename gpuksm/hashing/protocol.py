@@ -51,5 +51,8 @@ class Hasher(Protocol):
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """(sorted digests, order) with sorted == digests[order]; stable."""
 
+    def leave(self, cpus: int) -> None:
+        """From now on leave so many CPUs to others, where hashing takes all of them."""
+
     def close(self) -> None:
         """Give back threads and buffers; the hasher cannot be used any more."""

@@ -56,8 +56,10 @@ def merge_everything(engine: Engine, living: list[Target]) -> dict[int, int]:
             plan = engine.plan(gather(trackers, known), living, stable, spend)
             budgets -= _mark(plan, trackers, known)
             engine.commit(plan, living, commits)
+            engine.hasher.leave(1)  # to the guard, which targets that are stopped wait for
         _merge_rest(engine, living, trackers, commits)
         commits.finish()
+    engine.hasher.leave(0)
     return scanned
 
 
