@@ -114,6 +114,10 @@ class Gpuksm:
             self._guard = guard.request("hello")[0]["pid"]
         self._keeper = procfs.stat(self._guard).ppid
 
+    def guard_pid(self) -> int:
+        """The guard's, once something was merged."""
+        return self._guard
+
     def _targets_cpu(self) -> float:
         return sum(cpu_seconds(pid) for pid in self._processes.pids)
 

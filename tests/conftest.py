@@ -49,6 +49,15 @@ def victims_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test puts into the environment, a fault say, must not come to the next one's guard."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def nobody() -> Iterator[User]:
     """An unprivileged user that can run this interpreter."""
