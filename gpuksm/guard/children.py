@@ -64,7 +64,6 @@ class Orphan:
     uffd_event: int | None
     id: int
     pid: int | None = None
-    runs: list[Run] = field(default_factory=list)
     borders: set[int] = field(default_factory=set)
     coredump_filter: int | None = None
     tethered: set[int] = field(default_factory=set)
@@ -73,9 +72,9 @@ class Orphan:
     guard: Guard | None = None
     read: list[Read] = field(default_factory=list)
     discards: list[tuple[int, int]] = field(default_factory=list)
+    barred: set[tuple[int, int]] = field(default_factory=set)  # of these, what this guard has barred
     copy: tuple[int, int, int] | None = None  # see restore.drop_copy
     faults: list[int] = field(default_factory=list)
-    forks: dict[int, Orphan] = field(default_factory=dict)  # children of its own, by userfaultfd
     guessed: bool = False  # the pid was searched for
 
     # attach.ForkedChild
@@ -102,18 +101,26 @@ class Orphan:
                 self._resolve_faults()
                 continue
             if event.kind == uffd.EVENT_FORK:
-                # Held by the keeper at once: with the last descriptor the child's discards would go unseen.
-                self.forks[event.a] = forked(self.guard, self.id, event.a)
-            self.read.append(Read(event, _size_asked_for(event, calls)))
+                # On its own from here on, whatever becomes of us: its events wait for somebody.
+                child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter)
+                self.guard.orphans.append(child)
+            else:
+                self.read.append(Read(event, _size_asked_for(event, calls)))
             faults.point("child-event-read")
 
     def _make_touches_wait(self, guard: Guard, uffd_event: int, pid: int, start: int, end: int) -> None:
-        """Note a discard that we cannot answer yet, once, and bar what is merged there."""
+        """Note a discard that we cannot answer yet, once, and bar what is merged there.
+
+        The guard before us may have died between the two, so that what it noted is barred again.
+        """
         start, end = start & ~(PAGE_SIZE - 1), (end + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
-        if start >= end or (start, end) in self.discards:
+        if start >= end or (start, end) in self.barred:
             return
-        self.discards.append((start, end))
-        guard.journal.append(journal.DISCARD, self.id, start, end)
+        if (start, end) not in self.discards:
+            self.discards.append((start, end))
+            guard.journal.append(journal.DISCARD, self.id, start, end)
+            faults.point("child-discard-noted")
+        self.barred.add((start, end))
         for run in _store_mappings(guard, pid):
             low, high = max(start, run.start), min(end, run.end)
             if low < high:
@@ -150,15 +157,8 @@ class Orphan:
         if self.copy is not None:
             drop_copy(target, self.guard.store, self.guard.journal, self.copy)
         _take_runs(self.guard, target, self.borders)
-        if self.uffd_event is None:
-            _watch_all(target)
         for index, (event, grown) in enumerate(self.read):
-            if event.kind == uffd.EVENT_FORK:
-                child = self.forks[event.a]
-                child.runs, child.borders = list(target.runs), set(target.borders)
-                self.guard.orphans.append(child)
-            else:
-                _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
+            _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
             if event.kind == uffd.EVENT_REMAP:
                 self.discards += [
                     (max(start, event.a) + event.b - event.a, min(end, event.a + event.c) + event.b - event.a)
@@ -169,6 +169,10 @@ class Orphan:
             events.zero(self.guard, target, start, end)
         if target.unwiped:
             events.wipe(self.guard, target)
+        # Also what was watched, as we think: the guard before us may have died with a mapping that was not.
+        # Not before what was discarded is zeros, for it makes touches wait no more.
+        with contextlib.nullcontext() if self.uffd_event is None else contextlib.suppress(OSError):
+            _watch_all(target)
         if self.discards:
             self.guard.journal.append(journal.DISCARD, self.id)
         _settle_ends(self.guard, target)
@@ -352,9 +356,9 @@ def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
 
 
 def _watch_all(target: Target) -> None:
-    """Register inherited merged memory with the child's own userfaultfd."""
-    for run in target.runs:
-        uffd.register(target.link.uffd_event, run.start, run.end - run.start)
+    """Have all merged memory, and border pages, raise events for the process's own userfaultfd."""
+    for start, end in target.merged_stretches():
+        uffd.register(target.link.uffd_event, start, end - start)
     for page in target.borders:
         with contextlib.suppress(OSError):
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
@@ -392,11 +396,13 @@ def _late(
             events.forget_store(guard, target, start, end)
 
 
-def forked(guard: Guard, parent: int, uffd_event: int) -> Orphan:
-    """A child whose userfaultfd was just read, and of which nobody else need know yet."""
+def forked(
+    guard: Guard, parent: int, uffd_event: int, borders: set[int], coredump_filter: int | None
+) -> Orphan:
+    """A child whose userfaultfd was just read, with what it has of its parent."""
     number = guard.held_as(uffd_event)
     if number is None:
         number = guard.new_id()
         guard.keep(f"event:{number}", uffd_event)
     os.set_inheritable(uffd_event, False)
-    return Orphan(parent, uffd_event, number)
+    return Orphan(parent, uffd_event, number, borders=set(borders), coredump_filter=coredump_filter)

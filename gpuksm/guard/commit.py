@@ -237,7 +237,7 @@ class Committer:
                 self._perform(target, batch)
                 batch = _Batch(target)
             if piece.slot is None:
-                batch.add_zeros(piece, prot)
+                batch.add_zeros(piece)
                 continue
             behind = valid[index + 1][0] if index + 1 < len(valid) else following
             merged = bool(target.runs.overlapping(piece.addr, piece.end))
@@ -348,7 +348,7 @@ class _Batch:
         """Whether a run with a border page still fits, and what closes the group."""
         return self.table.room(8, 192)
 
-    def add_zeros(self, piece: Piece, _protection: int) -> None:
+    def add_zeros(self, piece: Piece) -> None:
         """Give the pages of `piece` back."""
         self.close()
         size = piece.pages * PAGE_SIZE

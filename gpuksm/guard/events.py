@@ -412,7 +412,6 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
     name = names.get(event.kind, "unmap")
     host.event_counts[name] = host.event_counts.get(name, 0) + 1
     if event.kind == uffd.EVENT_FORK:
-        os.set_inheritable(event.a, False)
         host.forked(target, event.a, freeze, held)
     elif event.kind == uffd.EVENT_REMOVE:
         # Zeroed already when the caller was seen waiting; if not, the freeze still holds it.

@@ -300,15 +300,12 @@ class Guard:
 
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """events.Host: remember the child; it is adopted as soon as the parent runs again."""
-        orphan = children.forked(self, parent.id, uffd_event)
+        orphan = children.forked(self, parent.id, uffd_event, parent.borders, parent.coredump_filter)
         orphan.pid = children.pid_of_fork(parent, freeze, held)
         if orphan.pid is not None:
             with contextlib.suppress(TargetGone):  # a successor need not search for it
                 started = procfs.stat(orphan.pid).start_time
                 self.journal.append(journal.TARGET, orphan.id, orphan.pid, started)
-        orphan.runs = list(parent.runs)
-        orphan.borders = set(parent.borders)
-        orphan.coredump_filter = parent.coredump_filter
         self.orphans.append(orphan)
 
     # -- requests --------------------------------------------------------------------

@@ -15,8 +15,12 @@ link closed and starts our successor.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
 import socket
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -25,7 +29,8 @@ from gpuksm.guard import faults, keeper
 from gpuksm.guard.keeper import Patience
 from gpuksm.linux import uffd
 
-_READ_SECONDS = 2.0
+_READ_SECONDS = 5.0
+_CREDENTIALS = struct.Struct("3i")  # struct ucred
 
 
 class Keeping:
@@ -35,6 +40,7 @@ class Keeping:
         self.held = held
         self._folder = folder
         self._link: socket.socket | None = link
+        self._process = _maker_of(link)  # a pidfd of the keeper
         self._patience = Patience()
         self._due = 0.0
         self._child: subprocess.Popen[bytes] | None = None
@@ -68,22 +74,29 @@ class Keeping:
         return next((int(tag.partition(":")[2]) for tag in tags), None)
 
     def _ask(self, parent: str, child: str) -> bytes | None:
-        """What the keeper has read of `parent`; None when there is no keeper that answers."""
+        """What the keeper has read of `parent`; None when there is no keeper that answers.
+
+        One that does not answer is killed: it must not read events later on, which nobody then
+        has made ready to be read.
+        """
         if self._link is None:
             return None
-        try:
-            self._link.settimeout(_READ_SECONDS)
+        data, fds = b"", list[int]()
+        with contextlib.suppress(OSError):
             self._link.send(f"{keeper.FORK}{parent} {child}".encode().ljust(keeper.TAG_BYTES))
+            if not select.select([self._link], [], [], _READ_SECONDS)[0]:
+                self._kill()
             data, fds, _, _ = socket.recv_fds(self._link, keeper.TAG_BYTES, 1)
-            self._link.settimeout(None)
-        except OSError:
-            data, fds = b"", []
         if not data:
             self.lost()
             return None
         if fds:
             self.held[child] = fds[0]
         return b"" if data == keeper.NOTHING else data
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
     def end(self) -> None:
         """Tell the keeper that we end on purpose: it ends too."""
@@ -98,6 +111,9 @@ class Keeping:
         if self._link is not None:
             self._link.close()
             self._link = None
+            if self._process is not None:
+                os.close(self._process)
+                self._process = None
             self._due = time.monotonic() + self._patience.died()
 
     def tend(self) -> None:
@@ -116,7 +132,7 @@ class Keeping:
         fds = {**self.held, "link": theirs.fileno(), "guard": guard}
         try:
             self._child = keeper.start("gpuksm.guard.keeper", self._folder, fds)
-            self._link = ours
+            self._link, self._process = ours, os.pidfd_open(self._child.pid)
         except OSError:
             ours.close()
             self._due = time.monotonic() + self._patience.died()
@@ -132,3 +148,12 @@ class Keeping:
             socket.send_fds(self._link, [tag.encode().ljust(keeper.TAG_BYTES)], fds)
         except OSError:
             return
+
+
+def _maker_of(link: socket.socket) -> int | None:
+    """A pidfd of the process that made the pair of sockets that `link` is one of; None when it is gone."""
+    pid, _, _ = _CREDENTIALS.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None

@@ -126,10 +126,9 @@ class Tether:
                     None,
                     self._guard.new_id(),
                     new,
-                    list(target.runs),
-                    set(target.borders),
-                    target.coredump_filter,
-                    {new},
+                    borders=set(target.borders),
+                    coredump_filter=target.coredump_filter,
+                    tethered={new},
                 )
             )
 

@@ -6,14 +6,17 @@ each is what a release is checked with.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from gpuksm.guard import arch
+from gpuksm.linux import pidfd, uffd
 from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -214,3 +217,44 @@ def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World) -> None:
         while left := processes.left_behind(was, processes.footprint(victim.pid)):
             assert time.monotonic() < deadline, left
             time.sleep(0.01)
+
+
+def test_a_successor_watches_all_that_is_merged(world: World) -> None:
+    """Also what the guard before it had mapped and could not watch."""
+    victims = [world.victim("purge", 1) for _ in range(2)]
+    world.scan(*victims)
+    guard = world.guard_pid()
+    handle = os.pidfd_open(guard)
+    for entry in Path(f"/proc/{guard}/fd").iterdir():
+        if os.readlink(entry) != "anon_inode:[userfaultfd]":
+            continue
+        stolen = pidfd.steal(handle, int(entry.name))
+        for victim in victims:
+            for mapping in processes.store_mappings(victim.pid):
+                with contextlib.suppress(OSError):  # another's
+                    uffd.unregister(stolen, mapping.start, mapping.end - mapping.start)
+        os.close(stolen)
+    os.close(handle)
+    os.kill(guard, signal.SIGKILL)
+    assert world.guard_pid() != guard
+    for victim in victims:
+        victim.ask("run span")
+        victim.verify()
+
+
+def test_a_keeper_that_does_not_answer_is_replaced(world: World) -> None:
+    """It is asked to read fork events; left alive it would read later on what nobody has prepared."""
+    victims = [world.victim("forks") for _ in range(2)]
+    world.scan(*victims)
+    (keeper,) = world.keepers()
+    os.kill(keeper, signal.SIGSTOP)
+    for victim in victims:
+        victim.ask("run drops")
+    world.await_other_keeper(keeper)
+    guard = world.guard_pid()
+    os.kill(guard, signal.SIGKILL)
+    for victim in victims:
+        victim.ask("run drops")
+        victim.verify()
+    assert world.guard_pid() != guard
+    assert not processes.alive(keeper)
