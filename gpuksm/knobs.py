@@ -42,7 +42,7 @@ TABLE: dict[str, Knob] = {
     "pages_skipped": Knob("candidates left out when they were last planned"),
     "zero_pages": Knob("pages full of zeros given back", kind="counter"),
     "full_scans": Knob("rounds so far", kind="counter"),
-    "general_profit": Knob("bytes saved, costs subtracted"),
+    "general_profit": Knob("bytes saved by merged pages, costs subtracted"),
     "pages_scanned": Knob("pages read and hashed", kind="counter"),
     "pages_merged": Knob("pages merged, those of zeros included", kind="counter"),
     "plans": Knob("rounds in which a candidate was new and had an equal", kind="counter"),

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuksm.errors import NoSuchProcess, TargetGone
+from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
-from gpuksm.scan.columns import PAGE_BYTES, U64, count_pages
+from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages
 from gpuksm.scan.engine import Engine, Target, error_of
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
@@ -123,9 +124,17 @@ class _Scan:
         fresh = [tracker.wanted() for tracker in trackers]
         batch_pages, hasher = self.options.batch_pages, self.engine.hasher
         self._count(digest_wanted(trackers, hasher, batch_pages, self.progress), living)
-        if again or equals_elsewhere(trackers, fresh, [], self.engine.stable()):
+        if again or self._worth_a_plan(trackers, fresh):
             self.engine.merge(gather(trackers), living)
         return True
+
+    def _worth_a_plan(self, trackers: list[Tracker], fresh: list[I64]) -> bool:
+        """Whether a page of `fresh` (indices into each tracker's columns) is zeros or has an equal."""
+        known = [index[each.columns.known[index]] for each, index in zip(trackers, fresh, strict=True)]
+        new = gather(trackers, known)
+        if (new.kind == KIND_ZERO).any():
+            return True
+        return len(new.digest) > 0 and equals_elsewhere(np.unique(new.digest), trackers, self.engine.stable())
 
     def _look(self, number: int, armed: float) -> None:
         self._settle(number, armed)

@@ -66,7 +66,6 @@ class Session:
         self._seen = np.empty(0, np.uint64)  # digests of all contents that were planned with, sorted
         self._retries = 0
         self._unshared = 0
-        self._fresh: list[I64] = []  # of each target with new pages, which they are
 
     def open(self) -> None:
         """Take the scan lock (GuardError when another scanner has it) and get ready to hash."""
@@ -74,6 +73,7 @@ class Session:
         self.guard_pid = int(hello["pid"])
         self.engine.ask_attach([])
         self.engine.open_hasher(int(hello["seed"]))
+        self._note_contents(np.empty(0, np.uint64))  # what the store holds of an earlier scanner's
 
     def close(self) -> None:
         """Give descriptors and threads back; the connection is the caller's."""
@@ -158,7 +158,7 @@ class Session:
                 self._leave(follower)
         new = [follower for follower in self.followers.values() if len(follower.tracker.wanted())]
         scanned, fresh = self._digest(new, use_zero_pages)
-        planned = self._retries > 0 or self._has_equals(fresh, new)
+        planned = self._retries > 0 or self._has_equals(fresh)
         merged = self._merge(use_zero_pages) if planned else 0
         self.rounds += 1
         self.plans += planned
@@ -190,26 +190,23 @@ class Session:
 
     def _digest(self, new: list[Follower], use_zero_pages: bool) -> tuple[int, U64]:
         """Hash the pages of `new` that have no digest: (pages read, digests, 0 for pages of zeros)."""
-        self._fresh = [follower.tracker.wanted() for follower in new]
-        if not new:
+        wanted: list[tuple[Follower, I64]] = [(follower, follower.tracker.wanted()) for follower in new]
+        if not wanted:
             return 0, np.empty(0, np.uint64)
         engine = self.engine
         trackers = [follower.tracker for follower in new]
         scanned = digest_wanted(trackers, engine.hasher, engine.options.batch_pages, engine.progress)
         found = []
-        for number, follower in enumerate(new):
+        for follower, index in wanted:
             follower.target.pages_scanned += scanned[follower.target.pid]
             columns = follower.tracker.columns
-            index = self._fresh[number]
             index = index[columns.known[index]]
             zero = columns.kind[index] == KIND_ZERO
-            if not use_zero_pages:
-                index, zero = index[~zero], zero[~zero]
-            self._fresh[number] = index
-            found.append(np.where(zero, np.uint64(0), columns.digest[index] ^ user_key(follower.tracker)))
+            digest = columns.digest[index] ^ user_key(follower.tracker)
+            found.append(np.where(zero, np.uint64(0), digest) if use_zero_pages else digest[~zero])
         return sum(scanned.values()), np.concatenate(found)
 
-    def _has_equals(self, fresh: U64, new: list[Follower]) -> bool:
+    def _has_equals(self, fresh: U64) -> bool:
         """Whether a new page is all zeros, or its digest is one of the others or the store's."""
         if not len(fresh):
             return False
@@ -219,12 +216,8 @@ class Session:
         if not ordered[0] or (ordered[1:] == ordered[:-1]).any():
             return True
         # What was seen may have been this very page, before it was written with what it held.
-        if known.any() and equals_elsewhere(
-            [follower.tracker for follower in new],
-            self._fresh,
-            [follower.tracker for follower in self.followers.values() if follower not in new],
-            self.engine.stable(),
-        ):
+        trackers = [follower.tracker for follower in self.followers.values()]
+        if known.any() and equals_elsewhere(ordered[known], trackers, self.engine.stable()):
             return True
         ordered = ordered[~known]
         self._seen = np.insert(self._seen, np.searchsorted(self._seen, ordered), ordered)
@@ -242,8 +235,7 @@ class Session:
             pages = _without_zeros(pages)
         before = {target.ident: target.runs for target in living}
         merged = self.engine.merge(pages, living)
-        ordered, _ = self.engine.hasher.sort(np.concatenate((pages.digest, self.engine.stable().digest)))
-        self._seen = ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+        self._note_contents(pages.digest)
         held_up = any(self.engine.skipped.get(reason) for reason in ("busy", "stopped"))
         self._retries = (self._retries or _RETRIES + 1) - 1 if held_up else 0
         for target in living:
@@ -257,6 +249,11 @@ class Session:
             except _GONE:
                 self._leave(follower)
         return merged
+
+    def _note_contents(self, digest: U64) -> None:
+        """From now on a new page is worth a plan when it is one of these, or of the store's."""
+        ordered, _ = self.engine.hasher.sort(np.concatenate((digest, self.engine.stable().digest)))
+        self._seen = ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
 
     # -- numbers -----------------------------------------------------------------
 
@@ -291,8 +288,8 @@ class Session:
             "pages_unshared": max(0, self._unshared - skipped),
             "pages_volatile": sum(follower.volatile for follower in self.followers.values()),
             "pages_skipped": skipped,
-            "general_profit": (sharing + self.counters()["zero_pages"]) * PAGE_BYTES
-            - 2 * int(hello["runs"]) * measure.VMA_BYTES,
+            # Without pages of zeros: they may have been written again since they were given back.
+            "general_profit": sharing * PAGE_BYTES - 2 * int(hello["runs"]) * measure.VMA_BYTES,
             "regions_skipped": self.regions_skipped,
             "targets": len(targets),
         }

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.compiled import library
-from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
+from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, procfs
 from gpuksm.scan.columns import (
     COLUMN_KERNELS,
@@ -33,6 +33,7 @@ from gpuksm.scan.columns import (
     cut_stretches,
     inside,
     intersect,
+    ranges_within,
     stretches_of,
     windows,
 )
@@ -254,8 +255,12 @@ class Tracker:
 
     def drop(self, low: U64, high: U64) -> None:
         """Forget the pages in the stretches [low, high) altogether: they were written."""
-        if len(low) and len(self.columns.address):
-            self._keep(~inside(self.columns.address, low, high))
+        first = np.searchsorted(self.columns.address, low)
+        counts = np.searchsorted(self.columns.address, high) - first
+        if counts.any():
+            keep = np.ones(len(self.columns.address), np.bool_)
+            keep[np.repeat(first, counts) + ranges_within(counts)] = False
+            self._keep(keep)
 
     def prune(self) -> None:
         """Forget the pages that are not calm any more; TargetGone."""
@@ -267,8 +272,17 @@ class Tracker:
         """Add the pages in the stretches [low, high) that are calm now, without a digest; TargetGone."""
         found = self.map.select(CALM_MASK, CALM_INVERTED, int(low[0]), int(high[-1]))
         address = self.map.exclusive_in(*intersect(*found, low, high))
-        if len(address):
-            self.columns = carry_over(self.columns, np.union1d(self.columns.address, address))
+        at = np.searchsorted(self.columns.address, address)
+        new = np.append(self.columns.address, np.uint64(0))[at] != address
+        if new.any():
+            at = at[new]
+            old, digest, kind, known = self.columns
+            self.columns = Columns(
+                np.insert(old, at, address[new]),
+                np.insert(digest, at, 0),
+                np.insert(kind, at, 0),
+                np.insert(known, at, False),
+            )
 
     def _keep(self, keep: NDArray[np.bool_]) -> None:
         address, digest, kind, known = self.columns
@@ -360,17 +374,15 @@ def user_key(tracker: Tracker) -> np.uint64:
     return np.uint64((tracker.user + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
 
 
-def equals_elsewhere(
-    trackers: Sequence[Tracker], fresh: Sequence[I64], others: Sequence[Tracker], stable: StableTree
-) -> bool:
-    """Whether one of the pages `fresh` (indices into the columns of each of `trackers`) is all zeros,
-    or equals any other page that is known, of these or the `others`, or a slot of the store."""
-    known = [index[t.columns.known[index]] for t, index in zip(trackers, fresh, strict=True)]
-    new = gather(trackers, known)
-    if (new.kind == KIND_ZERO).any():
-        return True
-    wanted = np.unique(new.digest)
-    every = gather([*trackers, *others], [np.flatnonzero(t.columns.known) for t in (*trackers, *others)])
-    return int(np.isin(every.digest, wanted).sum()) > len(wanted) or bool(
-        np.isin(stable.digest, wanted).any()
-    )
+def equals_elsewhere(wanted: U64, trackers: Sequence[Tracker], stable: StableTree) -> bool:
+    """Whether a digest of `wanted` is that of two pages that are known, or of a slot of the store.
+
+    `wanted` ascends, without repetitions, and each is the digest of a known page of `trackers`.
+    """
+    pages = 0
+    for tracker in trackers:
+        columns = tracker.columns
+        digest = columns.digest[columns.known] ^ user_key(tracker)
+        at = np.minimum(np.searchsorted(wanted, digest), len(wanted) - 1)
+        pages += int((wanted[at] == digest).sum())
+    return pages > len(wanted) or bool(np.isin(wanted, stable.digest).any())

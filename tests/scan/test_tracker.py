@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
+from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, uffd, vm
 from gpuksm.scan.columns import PAGE_BYTES
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
@@ -198,19 +198,40 @@ def test_a_page_that_equals_nothing_but_itself_has_no_equal(area):
         tracker.look()
         index = tracker.wanted()
         tracker.learn(index, index.astype(np.uint64) + 1 + 100 * number, np.zeros(len(index), np.uint8))
-    fresh = [np.array([3, 7])]
+    wanted = np.sort(one.columns.digest[[3, 7]] ^ user_key(one))
     nothing = no_stable_tree()
-    assert not equals_elsewhere([one], fresh, [other], nothing)
+
+    def found(stable=nothing):
+        return equals_elsewhere(wanted, [one, other], stable)
+
+    assert not found()
     other.columns.digest[5] = one.columns.digest[7]
-    assert equals_elsewhere([one], fresh, [other], nothing)
-    other.columns.digest[5] = 0
+    assert found()
+    other.columns.known[5] = False
+    assert not found()
     one.columns.digest[9] = one.columns.digest[3]
-    assert equals_elsewhere([one], fresh, [other], nothing)
+    assert found()
     one.columns.digest[9] = 0
-    held = one.columns.digest[3] ^ user_key(one)
-    stable = stable_tree(1, np.array([512, 1, held], "<u8").tobytes())
-    assert equals_elsewhere([one], fresh, [other], stable)
-    one.columns.kind[7] = KIND_ZERO
-    assert equals_elsewhere([one], fresh, [other], nothing)
+    assert not found()
+    assert found(stable_tree(1, np.array([512, 1, wanted[0]], "<u8").tobytes()))
+    assert not found(stable_tree(1, np.array([512, 1, 0], "<u8").tobytes()))
     one.close()
     other.close()
+
+
+def test_what_is_dropped_and_found_again_keeps_the_columns_in_order(area):
+    area.view[:] = 1
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    area.arm()
+    tracker.look()
+    learn_all(tracker)
+    at = lambda page: np.array([area.start + page * PAGE_BYTES], np.uint64)  # noqa: E731
+    tracker.drop(np.concatenate([at(0), at(7), at(60)]), np.concatenate([at(2), at(8), at(64)]))
+    left = [page for page in range(PAGES) if page not in (0, 1, 7, 60, 61, 62, 63)]
+    assert area.number(tracker.columns.address) == left
+    tracker.look_at(np.concatenate([at(0), at(5), at(62)]), np.concatenate([at(1), at(9), at(64)]))
+    assert area.number(tracker.columns.address) == sorted([*left, 0, 7, 62, 63])
+    assert area.number(tracker.columns.address[tracker.wanted()]) == [0, 7, 62, 63]
+    kept = tracker.columns.digest[tracker.columns.known]
+    assert kept.tolist() == [page + 1 for page in left]  # what they were given, at their own pages
+    tracker.close()
