@@ -37,6 +37,7 @@ TABLE_OFFSET = 4096
 TABLE_ENTRIES = 4000
 AUX_OFFSET = 0x41000
 AUX_BYTES = 0xE000
+UNUSED_OFFSETS = (0x40000, 0x4F000)  # pages of the block that nothing uses; the agent needs no stack
 _ENTRY_BYTES = 64
 _ENTRY = struct.Struct("<IIqqqqqqq")
 _LINKED, _AFTER_SUCCESS = 1, 2

@@ -23,6 +23,7 @@ If we die:
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
@@ -32,7 +33,7 @@ from typing import Any, Protocol
 
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone, Unsupported
 from gpuksm.guard import arch, faults
-from gpuksm.guard.agent import Agent, Table
+from gpuksm.guard.agent import UNUSED_OFFSETS, Agent, AgentStuck, Table
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus
 from gpuksm.linux import pidfd, procfs, ptrace, uffd, vm
 from gpuksm.linux._libc import PAGE_SIZE
@@ -104,12 +105,15 @@ def attach(
         if child is not None:
             attachment = _equipped(agent, code, store_fd, fork_events, child.uffd_event)
             child.inside(attachment)
+            _reserve_mappings(agent)
             return attachment
     finally:
         freeze.thaw()
         if memory is not None:
             os.close(memory)
-    return _equipped(agent, code, store_fd, fork_events, None)
+    attachment = _equipped(agent, code, store_fd, fork_events, None)
+    _reserve_mappings(agent)
+    return attachment
 
 
 def unmap_leftovers(attachment: Attachment, memory: int) -> None:
@@ -380,6 +384,18 @@ def _write_i32(agent: Agent, address: int, value: int) -> None:
     """Write one 32-bit word into the agent's control block."""
     word = bytearray(struct.pack("<i", value))
     vm.writev(agent.tid, [(vm.address_of(word), 4)], [(address, 4)])
+
+
+def _reserve_mappings(agent: Agent) -> None:
+    """Have the control block be several mappings, where there is room for them.
+
+    They go when the agent ends, so that our successor finds room in a process that is at vm.max_map_count.
+    """
+    table = Table()
+    for offset in UNUSED_OFFSETS:
+        table.add(arch.current().NR.MPROTECT, agent.block + offset, PAGE_SIZE, 0)
+    with contextlib.suppress(TargetGone, AgentStuck):  # whoever uses the agent next finds that out
+        agent.perform(table)
 
 
 def _drop_capabilities(agent: Agent, nr: Any) -> None:

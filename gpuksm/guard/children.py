@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _FORK_NS = 100_000_000
 _RETRY_SECONDS = 0.05
 _SEARCHES = 40
+_BOOTSTRAP_MAPPINGS = 2  # the agent's code page and its control block
 
 
 class Read(NamedTuple):
@@ -121,10 +122,14 @@ class Orphan:
             guard.journal.append(journal.DISCARD, self.id, start, end)
             faults.point("child-discard-noted")
         self.barred.add((start, end))
-        for run in _store_mappings(guard, pid):
+        vmas = procfs.maps(pid)
+        room = procfs.max_map_count() - len(vmas) - _BOOTSTRAP_MAPPINGS
+        for run in _store_mappings(guard, vmas):
             low, high = max(start, run.start), min(end, run.end)
-            if low < high:
-                with contextlib.suppress(OSError):  # no VMA left, say: then only our death can do harm
+            # Both ends may cost a mapping.  Getting in goes first: without this only our death can do harm.
+            if low < high and room >= 2:
+                room -= 2
+                with contextlib.suppress(OSError):
                     uffd.register(uffd_event, low, high - low, uffd.MODE_WP | uffd.MODE_MINOR)
 
     def _resolve_faults(self) -> None:
@@ -338,17 +343,17 @@ def _maps_store(guard: Guard, pid: int) -> bool:
         return False
 
 
-def _store_mappings(guard: Guard, pid: int) -> list[Run]:
+def _store_mappings(guard: Guard, vmas: list[procfs.Vma]) -> list[Run]:
     return [
         Run(vma.start, vma.end, vma.offset // PAGE_SIZE)
-        for vma in procfs.maps(pid)
+        for vma in vmas
         if vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path
     ]
 
 
 def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
     """What the child really maps is what it has merged."""
-    runs = _store_mappings(guard, target.pid)
+    runs = _store_mappings(guard, procfs.maps(target.pid))
     for run in runs:
         target.runs.add(run)
     target.borders = set(borders)

@@ -17,17 +17,15 @@ from gpuksm.guard import identity
 from gpuksm.linux import uffd
 from tests import requirements_env
 from tests.support import processes
+from tests.support.scripts import LIBC
 
 AT, PAGES = 0x200000000000, 8
 
 # Sends a userfaultfd of its own; maps the same memory at the same place as its siblings, and discards some.
-_CHILD = """
-import ctypes, mmap, os, socket
-libc = ctypes.CDLL(None, use_errno=True)
-void, size = ctypes.c_void_p, ctypes.c_size_t
-libc.mmap.restype = void
-libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.madvise.argtypes = [void, size, ctypes.c_int]
+_CHILD = (
+    LIBC
+    + """
+import mmap, os, socket
 for index in range(2):
     assert libc.mmap(0x200000000000 + index * 0x100000, 8 * 4096, 3, 0x100022, -1, 0)
 fd = libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1)
@@ -37,6 +35,7 @@ with socket.socket(fileno=os.dup(0)) as sock:
     libc.madvise(0x200000000000, 4096, 4)
     sock.recv(1)
 """
+)
 
 
 @pytest.fixture

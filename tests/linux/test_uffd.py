@@ -13,6 +13,7 @@ import pytest
 from gpuksm.linux import pidfd, uffd
 from tests import requirements_env
 from tests.support import processes
+from tests.support.scripts import LIBC
 
 # Sends a userfaultfd of its own over its standard input, then does as it is told.
 _CHILD = """
@@ -49,13 +50,10 @@ def test_memory_exists(order: bytes) -> None:
 
 
 # Leaves a userfaultfd to a thread with a descriptor table of its own, then discards memory that it watches.
-_LEAVER = """
-import ctypes, fcntl, os, struct, threading, time
-libc = ctypes.CDLL(None, use_errno=True)
-void, size = ctypes.c_void_p, ctypes.c_size_t
-libc.mmap.restype = void
-libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.madvise.argtypes = [void, size, ctypes.c_int]
+_LEAVER = (
+    LIBC
+    + """
+import fcntl, os, struct, threading, time
 at = libc.mmap(None, 8 * 4096, 3, 0x22, -1, 0)
 fd = libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK | 1)
 fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("<QQQ", 0xAA, 1 << 13 | 1 << 15 | 1 << 3, 0)))
@@ -72,6 +70,7 @@ os.close(fd)
 libc.madvise(at, 4096, 4)
 print("discarded", flush=True)
 """
+)
 
 
 def test_a_thread_alone_keeps_events_waiting() -> None:

@@ -10,19 +10,17 @@ from gpuksm import wire
 from gpuksm.linux import vm
 from tests.support import standstill
 from tests.support.scanner import Scanner
+from tests.support.scripts import LIBC
 from tests.support.victims import Victim
 from tests.support.world import World
 
 PAGES = 24  # so many that a plan does not put them off as short
 
 # `into PID ADDRESS PAGE KEY`: write the content of KEY there; `expect PAGE KEY`: what is here from now on.
-_PEER = """
-import ctypes, sys
-libc = ctypes.CDLL(None, use_errno=True)
-void, size = ctypes.c_void_p, ctypes.c_size_t
-libc.mmap.restype = void
-libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.mprotect.argtypes = [void, size, ctypes.c_int]
+_PEER = (
+    LIBC
+    + """
+import sys
 class Segment(ctypes.Structure):
     _fields_ = [("base", void), ("length", size)]
 PAGES = 24  # so many that a plan does not put them off as short
@@ -52,6 +50,7 @@ for line in sys.stdin:
     wrong = [page for page in range(PAGES) if ctypes.string_at(at + page * 4096, 4096) != content(keys[page])]
     print("CORRUPT pages %s" % wrong if wrong else "OK", flush=True)
 """
+)
 
 
 def _plan(scanner: Scanner, victims: list[Victim]) -> list[tuple[int, ...]]:

@@ -6,18 +6,16 @@ from gpuksm import wire
 from tests import requirements_env
 from tests.support.merging import scan_until_merged
 from tests.support.scanner import Scanner
+from tests.support.scripts import LIBC
 from tests.support.world import World
 
 PAGES = 64
 
 # `ring`: an io_uring with `late` as registered buffer; `aio`: a context; `direct`: a file by O_DIRECT.
-_PINNING = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-void, size = ctypes.c_void_p, ctypes.c_size_t
-libc.mmap.restype = void
-libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.mprotect.argtypes = [void, size, ctypes.c_int]
+_PINNING = (
+    LIBC
+    + """
+import os, sys
 PAGES = 64
 def area():
     at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
@@ -53,6 +51,7 @@ for line in sys.stdin:
     right = all(ctypes.string_at(at, 4096) == content(page) for at, page in pages)
     print("OK" if right else "CORRUPT", flush=True)
 """
+)
 
 
 def test_targets_begin_direct_io_after_their_attach(world: World) -> None:

@@ -6,18 +6,14 @@ import os
 import signal
 
 from tests.support import processes, standstill
+from tests.support.scripts import LIBC
 from tests.support.world import World
 
 # Discards, moves, unmaps and protects memory of its own.
-_CALLS = """
-import ctypes, sys
-libc = ctypes.CDLL(None, use_errno=True)
-void, size = ctypes.c_void_p, ctypes.c_size_t
-libc.mmap.restype = libc.mremap.restype = void
-libc.mmap.argtypes = [void, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.mremap.argtypes = [void, size, size, ctypes.c_int, void]
-libc.madvise.argtypes = libc.mprotect.argtypes = [void, size, ctypes.c_int]
-libc.munmap.argtypes = [void, size]
+_CALLS = (
+    LIBC
+    + """
+import sys
 PAGES = 64
 own_key = int(sys.argv[1])
 def area(key):
@@ -47,6 +43,7 @@ for line in sys.stdin:
         right = is_page(shared, 0) and is_page(shared + 9 * 4096, 1009)
     print("OK" if right else "CORRUPT", flush=True)
 """
+)
 
 
 def test_calls_on_unmerged_memory_do_not_wait_for_the_guard(each_world: World) -> None:
