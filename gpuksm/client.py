@@ -108,9 +108,15 @@ class GuardClient:
     def find(cls, folder: Path | None = None) -> Self | None:
         """A connection to this user's guard (or to that of another `folder`), or None when none runs.
 
-        Raises GuardError when the runtime folder is not safe.
+        One that was killed together with its keeper is started again.  Raises GuardError when the
+        runtime folder is not safe.
         """
-        sock = _connect(folder or runtime_dir())
+        folder = folder or runtime_dir()
+        sock = _connect(folder)
+        if sock is None and (folder / "guard.sock").exists():
+            # One that ends takes its socket with it.  This one and its keeper were killed, and what
+            # they have merged waits for another.
+            sock = _start(folder)
         return None if sock is None else cls(sock)
 
     @classmethod

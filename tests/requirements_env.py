@@ -76,6 +76,14 @@ def _uffd() -> str:
     return ""
 
 
+def _thread_pidfd() -> str:
+    try:
+        os.close(os.pidfd_open(os.getpid(), os.O_EXCL))
+    except OSError:
+        return "no pidfds of threads (Linux 6.9)"
+    return ""
+
+
 def _root() -> str:
     return "" if os.geteuid() == 0 else "not run by root"
 
@@ -87,4 +95,9 @@ def _memory() -> str:
     return "" if available_kb > 4 << 20 else f"only {available_kb} kB of memory available"
 
 
-PROBES: dict[str, Callable[[], str]] = {"uffd": _uffd, "root": _root, "memory": _memory}
+PROBES: dict[str, Callable[[], str]] = {
+    "uffd": _uffd,
+    "thread_pidfd": _thread_pidfd,
+    "root": _root,
+    "memory": _memory,
+}

@@ -1,7 +1,8 @@
 """`python -m gpuksm.guard RUNTIME_DIR`: a guard process, started by the keeper with descriptors to inherit.
 
 GPUKSM_INHERIT is "tag=fd,..." with at least `listener` and `keeper`; a successor
-also gets `store`, `ledger` and the userfaultfds of every target.
+also gets `store`, `ledger`, `private` and the userfaultfds of every target.  A first guard
+looks for what agents have of these.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import socket
 import sys
 from pathlib import Path
 
-from gpuksm.guard import keeper, recovery
+from gpuksm.guard import keeper, recovery, waiting
 from gpuksm.guard.guard import Guard
-from gpuksm.guard.journal import BORN, Journal
+from gpuksm.guard.journal import BORN, HOME, Journal
 from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.server import Server
 from gpuksm.guard.store import Store
@@ -29,20 +30,27 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     inherited = keeper.inherited()
     link = socket.socket(fileno=inherited.pop("keeper"))
-    keeping = Keeping(Path(sys.argv[1]), link, dict(inherited))
+    folder = Path(sys.argv[1])
+    keeping = Keeping(folder, link, dict(inherited))
     listener = socket.socket(fileno=inherited.pop("listener"))
-    first = "store" not in inherited
+    if "store" not in inherited:
+        for tag, fd in waiting.find(folder).items():
+            inherited[tag] = fd
+            keeping.keep(tag, fd)
+    first, anew = "store" not in inherited, "private" not in inherited
     store = Store(inherited.pop("store", None))
-    journal = Journal(inherited.pop("ledger", None))
-    if first:
-        keeping.keep("store", store.fd)
-        keeping.keep("ledger", journal.fd)
+    journal = Journal(inherited.pop("ledger", None), inherited.pop("private", None))
+    keeping.keep("store", store.fd)
+    keeping.keep("ledger", journal.fd)
+    keeping.keep("private", journal.private_fd)
     guard = Guard(keeping, store, journal)
     if first:
         guard.store_born = procfs.stat(os.getpid()).start_time
+        journal.append(HOME, 0, waiting.home(folder), store.inode, guard.store_born)
+    if anew:
         guard.seed = int.from_bytes(os.urandom(8), "little")
-        journal.append(BORN, 0, guard.store_born, guard.seed)
-    else:
+        journal.append(BORN, 0, guard.seed)
+    if not first:
         recovery.recover(guard, inherited)
     # A collection pause inside a freeze would be a pause of the target.
     gc.freeze()

@@ -12,11 +12,15 @@ What must hold (docs/hazards.md 9, 10):
   target was stopped by SIGSTOP in mid-table), `AgentStuck` is raised and the
   target stays frozen until `settled()`.
 - Our end of the socket is never duplicated and never handed on.
+- An agent whose target may have merged memory does not end with its socket (`stay`): it
+  waits, performing nothing, with the userfaultfds, the store and the ledger in its own
+  descriptor table, for a word of ours or of a successor.  So events wait where guard and
+  keeper have died together (hazard 14, waiting.py).
 - The control block is reached through the agent's own thread id: after exec the
   process id means another address space, the agent's thread is gone.
 
 If we die at any line here: the socket closes before the target's threads are let
-go, the agent finishes the entry that it is in (and what is linked to it) and ends.
+go, the agent finishes the entry that it is in (and what is linked to it) and waits or ends.
 """
 
 from __future__ import annotations
@@ -43,6 +47,10 @@ _ENTRY = struct.Struct("<IIqqqqqqq")
 _LINKED, _AFTER_SUCCESS = 1, 2
 _NO_ARGUMENTS = (0, 0, 0, 0, 0, 0)
 _DONE_OFFSET = 32
+STAY_OFFSET = 40
+# What the agent has, from STAY_OFFSET on: its word, event userfaultfd, store and ledger by their
+# numbers in its table, and the id of its target.
+STAY = struct.Struct("<iiiiI")
 _SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
 WAIT_NS = 2_000_000_000
 _LATE_NS = 50_000_000  # an acknowledgement that a cancelled request still owes
@@ -86,6 +94,7 @@ class Agent:
         self.sock = sock
         self.tokens = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self.claims = False  # true once the agent has the eventfd
+        self.word = os.eventfd(0, os.EFD_CLOEXEC)  # lets an agent end that stays
         self._done = 0
         self._owed = 0  # requests whose acknowledgement has not been read
         self._pending: tuple[int, int] | None = None  # entries, claimable groups of a stuck request
@@ -161,10 +170,22 @@ class Agent:
         except OSError:
             return True
 
+    def stay(self, has: tuple[int, int, int, int], target: int) -> None:
+        """From now on the agent ends by word only; `has`: word, event userfaultfd, store, ledger, there."""
+        data = bytearray(STAY.pack(*has, target))
+        with self._errors():
+            vm.writev(self.tid, [(vm.address_of(data), len(data))], [(self.block + STAY_OFFSET, len(data))])
+
+    def dismiss(self) -> None:
+        """Let the agent end as soon as our end of its socket is closed."""
+        os.eventfd_write(self.word, 1)
+
     def close(self) -> None:
         """Let the agent end: it unmaps its control block and exits."""
+        self.dismiss()
         self.sock.close()
         os.close(self.tokens)
+        os.close(self.word)
 
     # -- inside ---------------------------------------------------------------
 

@@ -17,7 +17,8 @@ If we die:
 - after it: the bootstrap runs to its end by itself and the thread goes on where
   it was, its system call restarted; the bytes of the bootstrap stay behind in
   the unused end of the page, two mappings may stay behind.
-- after clone: the agent finds the socket closed, unmaps its block and ends.
+- after clone: the agent finds the socket closed, unmaps its block and ends; once the target is in
+  the guard's books it waits instead (agent.py).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ AGENT_NAME = "gpuksm-agent"
 _CAPABILITY_VERSION_3 = 0x20080522
 _RSEQ_CS_OFFSET = 8
 _MOST_LEFTOVERS = 256
+_GO = struct.pack("<Ii24xi", 1, -1, -1)  # go, no eventfd to claim by, none to wait for
 _ALL_SIGNALS = "fffffffffffbfeff"  # but SIGKILL and SIGSTOP, in /proc/PID/status
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
 
@@ -73,19 +75,25 @@ class Attachment:
     agent_track: int  # the same userfaultfds by their numbers in the agent's table
     agent_event: int
     agent_store: int
+    agent_word: int
+    agent_ledger: int
     code: int
+
+    def stay(self, target: int) -> None:
+        """The agent stays with the target of this id until it has our word; TargetGone."""
+        self.agent.stay((self.agent_word, self.agent_event, self.agent_store, self.agent_ledger), target)
 
 
 def attach(
     pid: int,
-    store_fd: int,
+    gifts: tuple[int, int],
     census: ProcessCensus,
     *,
     fork_events: bool,
     tethered: set[int],
     child: ForkedChild | None = None,
 ) -> Attachment:
-    """Put an agent into process `pid` and take its two userfaultfds.
+    """Put an agent into process `pid`, give it store and ledger and take its two userfaultfds.
 
     Raises TargetGone, FreezeFailed (try later), NotPermitted, Unsupported,
     FeatureMissing.  The target goes on whatever happens.
@@ -103,7 +111,7 @@ def attach(
             child.check()
         agent, code = _bootstrap(pid, freeze, memory, place)
         if child is not None:
-            attachment = _equipped(agent, code, store_fd, fork_events, child.uffd_event)
+            attachment = _equipped(agent, code, gifts, fork_events, child.uffd_event)
             child.inside(attachment)
             _reserve_mappings(agent)
             return attachment
@@ -111,7 +119,7 @@ def attach(
         freeze.thaw()
         if memory is not None:
             os.close(memory)
-    attachment = _equipped(agent, code, store_fd, fork_events, None)
+    attachment = _equipped(agent, code, gifts, fork_events, None)
     _reserve_mappings(agent)
     return attachment
 
@@ -120,8 +128,8 @@ def unmap_leftovers(attachment: Attachment, memory: int) -> None:
     """Unmap code pages that earlier agents of this process left behind (a thread cannot unmap its own)."""
     x86 = arch.current()
     pid, mine = attachment.agent.pid, attachment.agent.tid
-    if any(_blocks_all_signals(tid) for tid in procfs.threads(pid) if tid != mine):
-        return  # an older agent has not quite ended, or a bootstrap that was left alone has not
+    if older_agents(pid, mine):
+        return
     for vma in procfs.maps(pid):
         # Pages of several agents that lie side by side are one mapping.
         if vma.perms != "r-xp" or vma.inode or vma.end - vma.start > _MOST_LEFTOVERS * x86.CODE_BYTES:
@@ -129,6 +137,11 @@ def unmap_leftovers(attachment: Attachment, memory: int) -> None:
         for page in range(vma.start, vma.end, x86.CODE_BYTES):
             if page != attachment.code and os.pread(memory, len(x86.AGENT), page) == x86.AGENT:
                 attachment.agent.call(x86.NR.MUNMAP, page, x86.CODE_BYTES)
+
+
+def older_agents(pid: int, mine: int = 0) -> bool:
+    """True while an older agent than the thread `mine` has not quite ended, or a bootstrap left alone."""
+    return any(_blocks_all_signals(tid) for tid in procfs.threads(pid) if tid != mine)
 
 
 def _blocks_all_signals(tid: int) -> bool:
@@ -263,7 +276,7 @@ def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent
             raise Unsupported(f"process {pid} cannot open a socket pair (descriptor limit?); skipped")
         own = _steal_socket(pid, memory, block)
         faults.point("attach-socket")
-        os.pwrite(memory, struct.pack("<Ii", 1, -1), block + 8)
+        os.pwrite(memory, _GO, block + 8)
         agent_tid = stepper.next_result(nr.CLONE).rax
         if agent_tid >> 63:
             own.close()
@@ -325,23 +338,23 @@ def _hand_back(pid: int, tid: int, registers: ptrace.Registers, freeze: Freeze) 
 
 
 def _equipped(
-    agent: Agent, code: int, store_fd: int, fork_events: bool, inherited_event: int | None
+    agent: Agent, code: int, gifts: tuple[int, int], fork_events: bool, inherited_event: int | None
 ) -> Attachment:
     try:
-        return _equip(agent, code, store_fd, fork_events, inherited_event)
+        return _equip(agent, code, gifts, fork_events, inherited_event)
     except BaseException:
         agent.close()
         raise
 
 
 def _equip(
-    agent: Agent, code: int, store_fd: int, fork_events: bool, inherited_event: int | None
+    agent: Agent, code: int, gifts: tuple[int, int], fork_events: bool, inherited_event: int | None
 ) -> Attachment:
-    """Give the agent its tokens and the store, drop its capabilities, take the userfaultfds."""
+    """Give the agent its eventfds, store and ledger, drop its capabilities, take the userfaultfds."""
     nr = arch.current().NR
     _drop_capabilities(agent, nr)
-    gifts = [agent.tokens, store_fd] + ([inherited_event] if inherited_event is not None else [])
-    tokens, store, *event = _send_descriptors(agent, nr, gifts)
+    fds = [agent.tokens, agent.word, *gifts] + ([inherited_event] if inherited_event is not None else [])
+    tokens, word, store, ledger, *event = _send_descriptors(agent, nr, fds)
     _write_i32(agent, agent.block + 12, tokens)
     agent.claims = True
     track = _create_uffd(agent, nr)
@@ -362,7 +375,7 @@ def _equip(
         raise FeatureMissing(
             f"this kernel's userfaultfd cannot track writes ({error.strerror}); Linux 6.7 or newer is needed"
         ) from None
-    return Attachment(agent, ours[0], ours[1], track, event[0], store, code)
+    return Attachment(agent, ours[0], ours[1], track, event[0], store, word, ledger, code)
 
 
 def event_features(fork_events: bool) -> int:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import arch, callers, events, faults, identity, journal
 from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.attach import Attachment, attach, unmap_leftovers
+from gpuksm.guard.attach import Attachment, attach, older_agents, unmap_leftovers
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _FORK_NS = 100_000_000
 _RETRY_SECONDS = 0.05
 _SEARCHES = 40
+_DISMISSAL_SECONDS = 0.05
 _BOOTSTRAP_MAPPINGS = 2  # the agent's code page and its control block
 
 
@@ -77,6 +78,7 @@ class Orphan:
     copy: tuple[int, int, int] | None = None  # see restore.drop_copy
     faults: list[int] = field(default_factory=list)
     guessed: bool = False  # the pid was searched for
+    word: int | None = None  # what the agent of the guard before us waits for
 
     # attach.ForkedChild
 
@@ -256,10 +258,11 @@ def adopt_orphans(guard: Guard) -> None:
             continue
         guard.orphans.remove(orphan)
         orphan.guard = guard
+        _dismiss_agent(guard, orphan)
         try:
             attachment = attach(
                 orphan.pid,
-                guard.store.read_only,
+                guard.gifts(),
                 guard.census,
                 fork_events=guard.privileged,
                 tethered=orphan.tethered,
@@ -296,12 +299,30 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
     if orphan.id in guard.targets:
         guard.drop(guard.targets[orphan.id])
         return
+    _dismiss_agent(guard, orphan)
     guard.tether.let_go(orphan.tethered)
     if orphan.pid is not None and orphan.coredump_filter is not None:
         set_coredump_filter(orphan.pid, orphan.coredump_filter)
     guard.keep(f"event:{orphan.id}", None)
     if orphan.uffd_event is not None:
         os.close(orphan.uffd_event)
+
+
+def _dismiss_agent(guard: Guard, orphan: Orphan) -> None:
+    """Let the agent of the guard before us end, and wait a moment for that: it has mappings, and
+    userfaultfds that write tracking would meet."""
+    if orphan.word is None:
+        return
+    os.set_blocking(orphan.word, False)
+    with contextlib.suppress(OSError):
+        os.eventfd_write(orphan.word, 1)
+    guard.keep(f"word:{orphan.id}", None)
+    os.close(orphan.word)
+    orphan.word = None
+    deadline = time.monotonic() + _DISMISSAL_SECONDS
+    with contextlib.suppress(GpuksmError):
+        while orphan.pid is not None and older_agents(orphan.pid) and time.monotonic() < deadline:
+            time.sleep(_DISMISSAL_SECONDS / 100)
 
 
 def _is_anothers(orphan: Orphan) -> bool:

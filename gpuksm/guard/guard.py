@@ -127,9 +127,7 @@ class Guard:
         tethered: set[int] = set()
         try:
             link = _retry(
-                lambda: attach(
-                    pid, self.store.read_only, self.census, fork_events=self.privileged, tethered=tethered
-                )
+                lambda: attach(pid, self.gifts(), self.census, fork_events=self.privileged, tethered=tethered)
             )
         except FreezeFailed as error:
             raise Unsupported(f"{error}; try again later") from None
@@ -158,6 +156,13 @@ class Guard:
             self.journal.append(journal.COREDUMP, target.id, target.coredump_filter)
         self.keep(f"track:{target.id}", target.link.uffd_track)
         self.keep(f"event:{target.id}", target.link.uffd_event)
+        self.keep(f"word:{target.id}", target.link.agent.word)
+        with contextlib.suppress(TargetGone):
+            target.link.stay(target.id)
+
+    def gifts(self) -> tuple[int, int]:
+        """What each agent holds for our successor, read-only: store and ledger."""
+        return self.store.read_only, self.journal.read_only
 
     def reserve_ids(self, highest: int) -> None:
         """Never hand out ids up to `highest` again (takeover)."""
@@ -185,6 +190,7 @@ class Guard:
         target.close()
         self.keep(f"track:{target.id}", None)
         self.keep(f"event:{target.id}", None)
+        self.keep(f"word:{target.id}", None)
         self.journal.append(journal.GONE, target.id)
         self.census.forget(target.pid)
         if target.runs.pages:

@@ -1,7 +1,8 @@
 """A successor takes over: the ledger's memory, the userfaultfds, then a new agent for every target.
 
-The dead guard's agents have ended with its sockets; merged memory is still mapped
-and its events wait in the userfaultfds that the keeper held.  Each target is taken
+The dead guard's agents wait for a word to end; merged memory is still mapped and its
+events wait in the userfaultfds that the keeper held, or the agents where the keeper has died
+too (waiting.py).  Each target is taken
 like a forked child: it gets an agent while frozen, what it really maps is what it
 has merged, and events that had to be read to freeze it are dealt with before it
 goes on.
@@ -16,10 +17,15 @@ from gpuksm.guard import children, journal
 from gpuksm.guard.guard import Guard
 from gpuksm.linux import procfs
 
+_UNKNOWN = (1).to_bytes(8, "little")  # a digest that is none
+
 
 def recover(guard: Guard, inherited: dict[str, int]) -> None:
     """Rebuild `guard` from its journal and the descriptors that the keeper held."""
     orphans = _replay(guard)
+    for start, slots, digests in guard.store.extents():
+        if not any(digests):  # the private log was lost: what is filled must not pass for punched
+            guard.store.set_digests(start, 0, _UNKNOWN * slots)
     for tag, fd in inherited.items():
         kind, _, number = tag.partition(":")
         if kind == "track":
@@ -29,6 +35,9 @@ def recover(guard: Guard, inherited: dict[str, int]) -> None:
         elif kind == "event":
             orphan = orphans.setdefault(int(number), children.Orphan(0, None, int(number)))
             orphan.uffd_event = fd
+        elif kind == "word":
+            orphan = orphans.setdefault(int(number), children.Orphan(0, None, int(number)))
+            orphan.word = fd
     guard.reserve_ids(max(orphans, default=0))
     for orphan in orphans.values():
         if orphan.uffd_event is not None:
@@ -42,11 +51,13 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
     orphans: dict[int, children.Orphan] = {}
     for record in guard.journal.replay():
         if record.kind == journal.BORN:
-            guard.store_born, guard.seed = record.a, record.b
+            guard.seed = record.a
         elif record.kind == journal.EXTENT:
             guard.store.adopt(record.a, record.b, record.c)
         elif record.kind == journal.DIGESTS:
             guard.store.set_digests(record.a, 0, record.column)
+        elif record.kind == journal.HOME:
+            guard.store_born = record.c
         elif record.kind == journal.TARGET:
             pid = record.a if _same_process(record.a, record.b) else None
             before = orphans.get(record.target)

@@ -3,20 +3,23 @@
 What must hold: after a restore the target reads exactly what it read before,
 pages it had written since the merge included, with the same protection.
 
-Done while the target is frozen, piece by piece: the agent maps fresh memory
-elsewhere, we copy the piece's present content into it (through /proc/PID/mem, so
+Done while the target is frozen, piece by piece: the agent maps fresh memory at a place
+of our choice, we copy the piece's present content into it (through /proc/PID/mem, so
 that PROT_NONE ranges can be read too), then the agent moves it over the piece in
 one mremap.
 
-If we die: before the move nothing has changed but that there is a copy, of which the
-journal tells our successor; the move itself is linked to its unregistration, so the
+If we die: before the move nothing has changed but that there may be a copy, of which the
+journal tells our successor, having told it before there was one; the move itself is linked to its unregistration, so the
 agent performs both or neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
+import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,6 +51,8 @@ _LEAST_PAGES = 16  # fewer are left to the next pause
 _PAGE_NS = 4000.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
+_PLACES = 8  # that are tried
+_HIGHEST = 1 << 47  # of x86-64 without asking for more
 
 
 FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.frozen
@@ -88,15 +93,9 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
 
 def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQuery, border: bool) -> None:
     """Restore a piece that lies within `vma`."""
-    agent, nr = target.link.agent, arch.current().NR
     size = piece.end - piece.start
-    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
     try:
-        fresh = agent.call(nr.MMAP, 0, size, PROT_READ | PROT_WRITE, flags, -1, 0)
-    except OSError as error:
-        raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
-    journal.append(COPY, target.id, fresh, size, piece.start)
-    try:
+        fresh = _map_copy(target, journal, piece)
         _fill_copy(target, piece, fresh, protection(vma))
         _put_copy(target, piece, fresh, vma, border)
         faults.point("restore-moved")
@@ -109,6 +108,40 @@ def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQ
         for page in range(piece.start, piece.end, PAGE_SIZE):
             target.borders.add(page)
             journal.append(BORDER, target.id, page)
+
+
+def _map_copy(target: Target, journal: Journal, piece: Run) -> int:
+    """Map memory for a copy of `piece`, noted before that; its address."""
+    size = piece.end - piece.start
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    for _ in range(_PLACES):
+        place = target.copy_place or _place_for_copies(target.pid)
+        journal.append(COPY, target.id, place, size, piece.start)
+        faults.point("restore-noted")
+        try:
+            target.link.agent.call(arch.current().NR.MMAP, place, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        except OSError as error:
+            target.copy_place = 0
+            if error.errno == errno.EEXIST:
+                continue  # something has come to lie there
+            raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
+        faults.point("restore-mapped")
+        target.copy_place = place
+        return place
+    raise RestoreFailed(f"process {target.pid} has no place for a copy of {size} bytes")
+
+
+def _place_for_copies(pid: int) -> int:
+    """A page far from everything in the largest gap of a process's address space.
+
+    By chance: nobody else, who asks for an address there, has the same.
+    """
+    vmas = [vma for vma in procfs.maps(pid) if vma.end <= _HIGHEST]
+    if len(vmas) < 2:
+        raise TargetGone(f"process {pid} has exited")
+    gap, end = max((high.start - low.end, high.start) for low, high in itertools.pairwise(vmas))
+    offset = (gap // 4 + random.SystemRandom().randrange(max(1, gap // 2))) // PAGE_SIZE * PAGE_SIZE
+    return end - gap + offset
 
 
 def _fill_copy(target: Target, piece: Run, fresh: int, prot: int) -> None:
@@ -151,11 +184,12 @@ def drop_copy(target: Target, store: Store, journal: Journal, copy: tuple[int, i
     """Unmap the copy (start, size, where it was to go) that a dead guard was making (target frozen).
 
     As long as the store is mapped where it was to go, it has not been moved, and what lies at
-    its start is ours; otherwise it may be the target's by now.
+    its start, if it is just of that size, is ours; otherwise it may be the target's by now.
     """
     start, size, goal = copy
-    vma = target.query(goal)
-    if vma is not None and vma.inode == store.inode:
+    vma, there = target.query(goal), target.query(start)
+    is_copy = there is not None and not there.inode and (there.start, there.end) == (start, start + size)
+    if is_copy and vma is not None and vma.inode == store.inode:
         with contextlib.suppress(OSError):
             target.link.agent.call(arch.current().NR.MUNMAP, start, size)
     journal.append(COPY, target.id)

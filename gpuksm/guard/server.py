@@ -140,6 +140,8 @@ class Server:
             self._tend_keeper(ready)
             if self._told_to_end:
                 self._end()
+        for target in list(self.guard.targets.values()):
+            self.guard.drop(target)  # or its agent would wait for our successor
 
     def _poll(self) -> set[int]:
         poll = select.poll()

@@ -26,6 +26,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import punch_hole
 
 STORE_BYTES = 1 << 62
+STORE_NAME = "gpuksm-store"
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
 _NEAR_HOLE = 1 << 18  # 1 GiB behind every other
@@ -214,7 +215,7 @@ def _gaps(
 
 
 def _create() -> int:
-    fd = os.memfd_create("gpuksm-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(STORE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, STORE_BYTES)
         fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)

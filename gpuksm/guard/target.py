@@ -33,6 +33,7 @@ class Target:
     tracking bits cannot be trusted until the next arm (something was moved there).
     `allow_direct_io`: descriptors through which devices might write do not matter.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
+    `copy_place`: where memory is copied to before it is moved; 0 while that is not known.
     """
 
     id: int
@@ -58,6 +59,7 @@ class Target:
     pauses_us: list[int] = field(default_factory=list)
     closed: bool = False
     allow_direct_io: bool = False
+    copy_place: int = 0
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:

@@ -25,6 +25,11 @@ def open_process(pid: int) -> int:
     return os.pidfd_open(pid)
 
 
+def open_thread(tid: int) -> int:
+    """A pidfd of thread `tid` alone, whose descriptor table may be its own; OSError before Linux 6.9."""
+    return os.pidfd_open(tid, os.O_EXCL)  # PIDFD_THREAD
+
+
 def same_memory(pid: int, other: int) -> bool | None:
     """True when both share one address space, None when that cannot be told (gone, not permitted)."""
     try:

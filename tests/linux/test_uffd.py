@@ -75,7 +75,7 @@ print("discarded", flush=True)
 
 def test_a_thread_alone_keeps_events_waiting() -> None:
     """What hazard 14 can be met with: such a userfaultfd outlives its readers, and a new one can take it."""
-    requirements_env.need("uffd")
+    requirements_env.need("uffd", "thread_pidfd")
     with subprocess.Popen([sys.executable, "-S", "-c", _LEAVER], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:
@@ -90,10 +90,7 @@ def test_a_thread_alone_keeps_events_waiting() -> None:
                     pidfd.steal(process, number)
             finally:
                 os.close(process)
-            try:
-                thread = os.pidfd_open(tid, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
-            except OSError:
-                pytest.skip("no pidfds of threads in this kernel")
+            thread = pidfd.open_thread(tid)
             taken = pidfd.steal(thread, number)
             os.close(thread)
             event = uffd.read_event(taken)

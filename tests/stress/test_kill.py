@@ -205,10 +205,11 @@ def test_code_pages_side_by_side_are_unmapped(world: World) -> None:
         time.sleep(0.01)
 
 
-def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World) -> None:
+@pytest.mark.parametrize("point", ["restore-noted", "restore-mapped", "restore-copied"])
+def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World, point: str) -> None:
     victims = [world.victim("regions", 512, 16, seed, "straight") for seed in (1, 2)]
     before = [processes.footprint(victim.pid) for victim in victims]
-    world.extra_env["GPUKSM_FAULT"] = "restore-copied:1"
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:1"
     world.scan(*victims)
     assert world.gpuksm("unmerge", "--all").code != 0
     world.unmerge()

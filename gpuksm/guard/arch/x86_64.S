@@ -133,6 +133,7 @@ bootstrap_end:
 #    8 u32 go                          12 i32 claim eventfd, -1 during attach
 #   16 u64 entries of this request     24 u64 scratch
 #   32 u64 entries done since the start
+#   40 i32 eventfd whose word lets the agent end, -1: it ends with the guard
 # entries from 4096 on, 64 bytes each:
 #    0 u32 unused   4 u32 flags (1: linked, 2: only if the entry before gave 0)
 #    8 i64 number in, result out   16 6 x u64 arguments
@@ -215,6 +216,16 @@ done:
     syscall
     jmp wait
 leave:
+    mov 40(%r12), %edi               # the guard is gone: merged memory may depend on our descriptors now, so
+    test %edi, %edi                  # wait for the word of a guard: read(eventfd, &scratch, 8)
+    js end
+    xor %eax, %eax
+    lea 24(%r12), %rsi
+    mov $8, %edx
+    syscall
+    cmp $-4, %rax                    # -EINTR
+    je leave
+end:
     mov $11, %eax                    # munmap(block): from here on nothing but registers is used
     mov %r12, %rdi
     mov $BLOCK_BYTES, %esi
