@@ -27,6 +27,7 @@ nightly: $(READY) ## every fault at every point, kills and a long model: about t
 	$(BIN)/python -m tests.campaign.faults --runs 3
 	$(BIN)/python -m tests.campaign.kills guard --kills 1000
 	$(BIN)/python -m tests.campaign.kills keeper --kills 300
+	$(BIN)/python -m tests.campaign.kills both --kills 300
 	$(BIN)/python -m tests.campaign.kills scanner --kills 1000
 	$(BIN)/python -m tests.model --steps 200000
 

@@ -96,11 +96,19 @@ def test_no_guard_is_said_plainly(folder: Path) -> None:
         GuardClient.connect(start=False)
     assert not folder.exists()
     folder.mkdir(mode=0o700)
+    with pytest.raises(errors.GuardError, match="no guard is running"):
+        GuardClient.connect(start=False)
+
+
+def test_a_guard_that_was_killed_with_its_keeper_is_started_again(folder: Path) -> None:
+    """Its socket is still there; processes may wait for it."""
+    folder.mkdir(mode=0o700)
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(folder / "guard.sock"))
     stale.close()
-    with pytest.raises(errors.GuardError, match="no guard is running"):
-        GuardClient.connect(start=False)
+    with GuardClient.connect(start=False) as guard:
+        assert guard.request("status")[0]["targets"] == []
+        guard.request("shutdown")
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -1,7 +1,7 @@
 """`python -m gpuksm.guard RUNTIME_DIR`: a guard process, started by the keeper with descriptors to inherit.
 
 GPUKSM_INHERIT is "tag=fd,..." with at least `listener` and `keeper`; a successor
-also gets `store`, `ledger`, `private` and the userfaultfds of every target.  A first guard
+also gets `store`, `ledger`, `private`, the attic and the userfaultfds of every target.  A first guard
 looks for what agents have of these.
 """
 
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from gpuksm.guard import keeper, recovery, waiting
+from gpuksm.guard.attic import Attic
 from gpuksm.guard.guard import Guard
 from gpuksm.guard.journal import BORN, HOME, Journal
 from gpuksm.guard.keeping import Keeping
@@ -33,17 +34,24 @@ def main() -> None:
     folder = Path(sys.argv[1])
     keeping = Keeping(folder, link, dict(inherited))
     listener = socket.socket(fileno=inherited.pop("listener"))
-    if "store" not in inherited:
-        for tag, fd in waiting.find(folder).items():
-            inherited[tag] = fd
-            keeping.keep(tag, fd)
+    found = {} if "store" in inherited else waiting.find(folder)
+    for tag, fd in found.items():
+        inherited[tag] = fd
+        keeping.keep(tag, fd)
     first, anew = "store" not in inherited, "private" not in inherited
     store = Store(inherited.pop("store", None))
     journal = Journal(inherited.pop("ledger", None), inherited.pop("private", None))
     keeping.keep("store", store.fd)
     keeping.keep("ledger", journal.fd)
     keeping.keep("private", journal.private_fd)
-    guard = Guard(keeping, store, journal)
+    attic = Attic(inherited.pop("attic-in", None), inherited.pop("attic-out", None))
+    keeping.keep("attic-in", attic.sending)
+    keeping.keep("attic-out", attic.receiving)
+    for number, fd in attic.copies().items() if found else ():
+        if f"event:{number}" not in inherited:
+            inherited[f"event:{number}"] = fd
+            keeping.keep(f"event:{number}", fd)
+    guard = Guard(keeping, store, journal, attic)
     if first:
         guard.store_born = procfs.stat(os.getpid()).start_time
         journal.append(HOME, 0, waiting.home(folder), store.inode, guard.store_born)

@@ -48,9 +48,9 @@ _LINKED, _AFTER_SUCCESS = 1, 2
 _NO_ARGUMENTS = (0, 0, 0, 0, 0, 0)
 _DONE_OFFSET = 32
 STAY_OFFSET = 40
-# What the agent has, from STAY_OFFSET on: its word, event userfaultfd, store and ledger by their
-# numbers in its table, and the id of its target.
-STAY = struct.Struct("<iiiiI")
+# What the agent has, from STAY_OFFSET on: its word, event userfaultfd, store, ledger and the attic's
+# ends by their numbers in its table, and the id of its target.
+STAY = struct.Struct("<iiiiiiI")
 _SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
 WAIT_NS = 2_000_000_000
 _LATE_NS = 50_000_000  # an acknowledgement that a cancelled request still owes
@@ -170,8 +170,8 @@ class Agent:
         except OSError:
             return True
 
-    def stay(self, has: tuple[int, int, int, int], target: int) -> None:
-        """From now on the agent ends by word only; `has`: word, event userfaultfd, store, ledger, there."""
+    def stay(self, has: tuple[int, ...], target: int) -> None:
+        """From now on the agent ends by word only; `has`: the numbers of `STAY`."""
         data = bytearray(STAY.pack(*has, target))
         with self._errors():
             vm.writev(self.tid, [(vm.address_of(data), len(data))], [(self.block + STAY_OFFSET, len(data))])

@@ -75,25 +75,25 @@ class Attachment:
     agent_track: int  # the same userfaultfds by their numbers in the agent's table
     agent_event: int
     agent_store: int
-    agent_word: int
-    agent_ledger: int
+    agent_held: tuple[int, ...]  # word, store, ledger, both ends of the attic
     code: int
 
     def stay(self, target: int) -> None:
         """The agent stays with the target of this id until it has our word; TargetGone."""
-        self.agent.stay((self.agent_word, self.agent_event, self.agent_store, self.agent_ledger), target)
+        word, *gifts = self.agent_held
+        self.agent.stay((word, self.agent_event, *gifts), target)
 
 
 def attach(
     pid: int,
-    gifts: tuple[int, int],
+    gifts: tuple[int, ...],
     census: ProcessCensus,
     *,
     fork_events: bool,
     tethered: set[int],
     child: ForkedChild | None = None,
 ) -> Attachment:
-    """Put an agent into process `pid`, give it store and ledger and take its two userfaultfds.
+    """Put an agent into process `pid`, give it store, ledger and attic and take its two userfaultfds.
 
     Raises TargetGone, FreezeFailed (try later), NotPermitted, Unsupported,
     FeatureMissing.  The target goes on whatever happens.
@@ -338,7 +338,7 @@ def _hand_back(pid: int, tid: int, registers: ptrace.Registers, freeze: Freeze) 
 
 
 def _equipped(
-    agent: Agent, code: int, gifts: tuple[int, int], fork_events: bool, inherited_event: int | None
+    agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None
 ) -> Attachment:
     try:
         return _equip(agent, code, gifts, fork_events, inherited_event)
@@ -348,13 +348,14 @@ def _equipped(
 
 
 def _equip(
-    agent: Agent, code: int, gifts: tuple[int, int], fork_events: bool, inherited_event: int | None
+    agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None
 ) -> Attachment:
-    """Give the agent its eventfds, store and ledger, drop its capabilities, take the userfaultfds."""
+    """Give the agent its eventfds and `gifts`, drop its capabilities, take the userfaultfds."""
     nr = arch.current().NR
     _drop_capabilities(agent, nr)
     fds = [agent.tokens, agent.word, *gifts] + ([inherited_event] if inherited_event is not None else [])
-    tokens, word, store, ledger, *event = _send_descriptors(agent, nr, fds)
+    tokens, *numbers = _send_descriptors(agent, nr, fds)
+    held, event = tuple(numbers[: 1 + len(gifts)]), numbers[1 + len(gifts) :]
     _write_i32(agent, agent.block + 12, tokens)
     agent.claims = True
     track = _create_uffd(agent, nr)
@@ -375,7 +376,7 @@ def _equip(
         raise FeatureMissing(
             f"this kernel's userfaultfd cannot track writes ({error.strerror}); Linux 6.7 or newer is needed"
         ) from None
-    return Attachment(agent, ours[0], ours[1], track, event[0], store, word, ledger, code)
+    return Attachment(agent, ours[0], ours[1], track, event[0], held[1], held, code)
 
 
 def event_features(fork_events: bool) -> int:

@@ -300,6 +300,7 @@ def _let_go(guard: Guard, orphan: Orphan) -> None:
         guard.drop(guard.targets[orphan.id])
         return
     _dismiss_agent(guard, orphan)
+    guard.attic.remove(orphan.id)
     guard.tether.let_go(orphan.tethered)
     if orphan.pid is not None and orphan.coredump_filter is not None:
         set_coredump_filter(orphan.pid, orphan.coredump_filter)
@@ -313,6 +314,8 @@ def _dismiss_agent(guard: Guard, orphan: Orphan) -> None:
     userfaultfds that write tracking would meet."""
     if orphan.word is None:
         return
+    if orphan.uffd_event is not None:
+        guard.attic.put(orphan.id, orphan.uffd_event)
     os.set_blocking(orphan.word, False)
     with contextlib.suppress(OSError):
         os.eventfd_write(orphan.word, 1)
@@ -430,5 +433,6 @@ def forked(
     if number is None:
         number = guard.new_id()
         guard.keep(f"event:{number}", uffd_event)
+        guard.attic.put(number, uffd_event)
     os.set_inheritable(uffd_event, False)
     return Orphan(parent, uffd_event, number, borders=set(borders), coredump_filter=coredump_filter)

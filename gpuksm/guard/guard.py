@@ -25,6 +25,7 @@ from gpuksm.errors import (
 from gpuksm.guard import arch, callers, children, events, journal, plan, reclaim, restore, tracking
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach, unmap_leftovers
+from gpuksm.guard.attic import Attic
 from gpuksm.guard.commit import Pace, vma_budget
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
 from gpuksm.guard.keeping import Keeping
@@ -39,13 +40,14 @@ from gpuksm.linux._libc import PAGE_SIZE
 class Guard:
     """Targets, store and ledger of one security domain."""
 
-    def __init__(self, keeping: Keeping, store: Store, log: journal.Journal) -> None:
+    def __init__(self, keeping: Keeping, store: Store, log: journal.Journal, attic: Attic) -> None:
         self.keep = keeping.keep  # keep(tag, fd): the keeper holds a duplicate; keep(tag, None): lets it go
         self._keeping = keeping
         self.store = store
         self.store_born = 0
         self.seed = 0  # of the scanner's digests: random for each store, so nobody can prepare collisions
         self.journal = log
+        self.attic = attic
         self.targets: dict[int, Target] = {}
         self.registry = Registry(log)
         self.event_counts: dict[str, int] = {}
@@ -110,7 +112,7 @@ class Guard:
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
         tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
-        return target, _cut_regions(regions, tracked), skipped
+        return target, tracking.cut_regions(regions, tracked), skipped
 
     def _check_domain(self, pid: int) -> None:
         """Refuse a process whose user may not read what the store holds: its agent would let it."""
@@ -159,10 +161,11 @@ class Guard:
         self.keep(f"word:{target.id}", target.link.agent.word)
         with contextlib.suppress(TargetGone):
             target.link.stay(target.id)
+        self.attic.remove(target.id)
 
-    def gifts(self) -> tuple[int, int]:
-        """What each agent holds for our successor, read-only: store and ledger."""
-        return self.store.read_only, self.journal.read_only
+    def gifts(self) -> tuple[int, ...]:
+        """What each agent holds for our successor: store and ledger, read-only, and the attic."""
+        return self.store.read_only, self.journal.read_only, self.attic.sending, self.attic.receiving
 
     def reserve_ids(self, highest: int) -> None:
         """Never hand out ids up to `highest` again (takeover)."""
@@ -297,7 +300,7 @@ class Guard:
     def read_event(self, uffd_event: int, number: int, calls: Iterable[callers.Call]) -> uffd.Event | None:
         """The next event of target `number`, whose threads wait in `calls`; a fork's by way of the keeper."""
         if any(call in arch.current().NR.FORKS for call, _ in calls):
-            return self._keeping.read_event(uffd_event, number, self.new_id())
+            return self._keeping.read_event(uffd_event, number, self.new_id(), self.attic)
         return uffd.read_event(uffd_event)
 
     def held_as(self, fd: int) -> int | None:
@@ -449,18 +452,6 @@ def _is_own_memory(target: Target, region: eligibility.Region) -> bool:
     block, code = target.link.agent.block, target.link.code
     own = ((block, block + machine.BLOCK_BYTES), (code, code + machine.CODE_BYTES))
     return any(region.start < end and start < region.end for start, end in own)
-
-
-def _cut_regions(
-    regions: list[eligibility.Region], tracked: list[tuple[int, int]]
-) -> list[eligibility.Region]:
-    """The tracked ranges with the protection of the region that holds them."""
-    result, index = [], 0
-    for low, high in tracked:
-        while regions[index].end <= low:
-            index += 1
-        result.append(eligibility.Region(low, high, regions[index].prot))
-    return result
 
 
 def _lives(target: Target) -> bool:

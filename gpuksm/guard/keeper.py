@@ -1,8 +1,8 @@
 """The keeper: holds duplicates of the guard's descriptors and starts a successor when it dies.
 
 A process of a few lines, so that nothing in it can fail.  It holds every
-userfaultfd (events wait as long as somebody does), the store, the ledger's memfd
-and the listening socket; never an agent's socket, on whose closing the agents rely.
+userfaultfd (events wait as long as somebody does), the store, the ledger's memfds, the
+attic and the listening socket; never an agent's socket, on whose closing the agents rely.
 
 Run as `python -m gpuksm.guard.keeper RUNTIME_DIR`, detached, by the client; or, when
 the keeper before it has died, by the guard (keeping.py), with all that it has to hold
@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from gpuksm.guard import attic
 from gpuksm.linux import process, uffd
 
 END = "end"  # the guard's word that it ends on purpose
@@ -116,6 +117,7 @@ def _read_fork(link: socket.socket, kept: dict[str, int], parent: str, child: st
     fd = uffd.forked(data)
     if fd is not None:
         kept[child] = fd
+        attic.put(kept["attic-in"], int(child.partition(":")[2]), fd)
     with contextlib.suppress(OSError):  # the guard has just died: its successor is told of the child
         socket.send_fds(link, [data or NOTHING], [] if fd is None else [fd])
 

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from gpuksm.guard import faults, keeper
+from gpuksm.guard.attic import Attic
 from gpuksm.guard.keeper import Patience
 from gpuksm.linux import uffd
 
@@ -53,17 +54,22 @@ class Keeping:
             self.held[tag] = fd
         self._say(tag, [] if fd is None else [fd])
 
-    def read_event(self, fd: int, parent: int, child: int) -> uffd.Event | None:
+    def read_event(self, fd: int, parent: int, child: int, attic: Attic) -> uffd.Event | None:
         """The next event of the userfaultfd `fd`, held for `parent`, by way of the keeper.
 
-        If it brings a child's, the keeper holds that for the number `child` before we know of it.
-        Without a keeper it is read here.
+        If it brings a child's, the keeper holds that for the number `child`, and it is in the attic, before
+        we know of it.  Without a keeper it is read here.
         """
         data = self._ask(f"event:{parent}", f"event:{child}")
         if data is None:
-            return uffd.read_event(fd)
+            event = uffd.read_event(fd)
+            if event is not None and event.kind == uffd.EVENT_FORK:
+                self.keep(f"event:{child}", event.a)
+                attic.put(child, event.a)
+            return event
         event = uffd.parse(data)
         if event is not None and event.kind == uffd.EVENT_FORK:
+            attic.inside.add(child)
             faults.point("fork-read")
             return event._replace(a=self.held[f"event:{child}"])
         return event

@@ -38,6 +38,8 @@ def recover(guard: Guard, inherited: dict[str, int]) -> None:
         elif kind == "word":
             orphan = orphans.setdefault(int(number), children.Orphan(0, None, int(number)))
             orphan.word = fd
+    for child in guard.attic.inside - orphans.keys():
+        guard.attic.remove(child)  # let go; with it there that process would wait for us for ever
     guard.reserve_ids(max(orphans, default=0))
     for orphan in orphans.values():
         if orphan.uffd_event is not None:

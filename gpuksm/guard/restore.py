@@ -9,8 +9,8 @@ that PROT_NONE ranges can be read too), then the agent moves it over the piece i
 one mremap.
 
 If we die: before the move nothing has changed but that there may be a copy, of which the
-journal tells our successor, having told it before there was one; the move itself is linked to its unregistration, so the
-agent performs both or neither.
+journal tells our successor, having told it before there was one; the move itself is
+linked to its unregistration, so the agent performs both or neither.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool 
 
 def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQuery, border: bool) -> None:
     """Restore a piece that lies within `vma`."""
-    size = piece.end - piece.start
     try:
         fresh = _map_copy(target, journal, piece)
         _fill_copy(target, piece, fresh, protection(vma))

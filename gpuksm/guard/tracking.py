@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gpuksm import eligibility
 from gpuksm.guard.target import Target
 from gpuksm.linux import pagemap, procfs
 
@@ -98,3 +99,13 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
             found += _arm(target, low, high, without)
         at = high
     return found
+
+
+def cut_regions(regions: list[eligibility.Region], tracked: list[Range]) -> list[eligibility.Region]:
+    """The tracked ranges with the protection of the region that holds them."""
+    result, index = [], 0
+    for low, high in tracked:
+        while regions[index].end <= low:
+            index += 1
+        result.append(eligibility.Region(low, high, regions[index].prot))
+    return result

@@ -1,7 +1,7 @@
 """Agents that wait for a guard: what a first guard finds where guard and keeper have died together.
 
 Such an agent (agent.py) holds in its own descriptor table all that a keeper would: the
-userfaultfd, so that events of merged memory wait, the store and the ledger.  They are
+userfaultfd, so that events of merged memory wait, the store, the ledger and the attic.  They are
 taken from it by a pidfd of that one thread (Linux 6.9), and the guard then takes over as
 from a keeper (recovery.py).
 
@@ -52,10 +52,11 @@ class _Held(NamedTuple):
     event: int
     store: int
     ledger: int
+    attic: tuple[int, int]
     home: journal.Record
 
     def close(self) -> None:
-        for fd in (self.word, self.event, self.store, self.ledger):
+        for fd in (self.word, self.event, self.store, self.ledger, *self.attic):
             os.close(fd)
 
 
@@ -83,6 +84,9 @@ def find(folder: Path) -> dict[str, int]:
             if tag not in result:
                 result[tag] = _writable(fd)
             os.close(fd)
+        for tag, fd in zip(("attic-in", "attic-out"), found.attic, strict=True):
+            if result.setdefault(tag, fd) != fd:
+                os.close(fd)
     return result
 
 
@@ -133,7 +137,7 @@ def _take(tid: int, wanted: int) -> _Held:
             fds.append(pidfd.steal(thread, number))
             if not os.readlink(f"/proc/self/fd/{fds[-1]}").startswith(name):
                 raise _NotOurs
-        word, event, store, ledger = fds
+        word, event, store, ledger, sending, receiving = fds
         record = _home_of(ledger)
         if record.a != wanted or not _is_mine(store) or os.fstat(store).st_ino != record.b:
             raise _NotOurs
@@ -141,7 +145,7 @@ def _take(tid: int, wanted: int) -> _Held:
             raise _NotYet  # its guard is just dying
         os.set_blocking(event, False)  # a process of ill will must not have us wait for it
         fds = []
-        return _Held(target, word, event, store, ledger, record)
+        return _Held(target, word, event, store, ledger, (sending, receiving), record)
     finally:
         os.close(thread)
         for fd in fds:
@@ -162,6 +166,8 @@ _NAMES = (
     "anon_inode:[userfaultfd]",
     f"/memfd:{STORE_NAME} ",
     f"/memfd:{journal.LEDGER_NAME} ",
+    "socket:",
+    "socket:",
 )
 
 

@@ -98,6 +98,11 @@ def range_argument(start: int, length: int) -> bytes:
     return _RANGE.pack(start, length)
 
 
+def is_one(fd: int) -> bool:
+    """Whether `fd` is a userfaultfd."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+
+
 def read_message(fd: int) -> bytes:
     """What the next event reads as, for `parse`; nothing when there is none (the descriptor is non-blocking).
 

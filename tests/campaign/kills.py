@@ -1,11 +1,12 @@
-"""kill -9 of guard, keeper or scanner, hundreds of times under load, at moments of every kind.
+"""kill -9 of guard, keeper, both or scanner, hundreds of times under load, at moments of every kind.
 
-    python -m tests.campaign.kills guard|keeper|scanner --kills N --seed S
+    python -m tests.campaign.kills guard|keeper|both|scanner --kills N --seed S
 
 After each kill every victim compares all its bytes (DONTNEED must have read zeros), no thread
 stays stopped, what was merged and not written is still merged, and the next scan merges.  A
 killed keeper must have been replaced; in every other turn the guard is killed then, and
-its successor must know everything.  A world lasts for some kills, then all of it is
+its successor must know everything.  Where both were killed, what waits goes on when another guard
+was asked for.  A world lasts for some kills, then all of it is
 unmerged and nothing may be left behind.
 """
 
@@ -30,7 +31,7 @@ from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
 
-WHO = ("guard", "keeper", "scanner")
+WHO = ("guard", "keeper", "both", "scanner")
 EPISODE = 100
 _EVERY = 50
 _STILL_PAGES = 512
@@ -172,6 +173,37 @@ class Episode:
             victim.answer(30)
         assert turn % 2 or self.guard() == guard, "the guard died with its keeper"
         return kind
+
+    def kill_both(self, turn: int) -> str:
+        """Kill guard and keeper together; the next one takes over from the agents."""
+        kind = self.chance.choice(("scan", "purge", "idle"))
+        guard = self.guard()
+        busy = [] if kind == "idle" else self.busy(turn)
+        if kind == "scan":
+            timer = threading.Timer(self.chance.uniform(0, self.scan_seconds), self._kill_all)
+            timer.start()
+            self.scan()
+            timer.join()
+        else:
+            time.sleep(self.chance.uniform(0, 0.01))
+        self._kill_all()
+        found = GuardClient.find()
+        assert found is not None, "nobody looks for what waits"
+        found.close()
+        for victim in busy:
+            victim.answer(30)
+        assert self.guard() != guard, "the guard was not killed"
+        return f"both, {kind}"
+
+    def _kill_all(self) -> None:
+        """A scan may be starting others meanwhile."""
+        killed: set[int] = set()
+        # One that dies has no environment any more, and sockets still.
+        while left := {*self.world.guard_processes(), *filter(processes.alive, killed)}:
+            for pid in (*self.world.keepers(), *left):
+                _kill(pid)
+            killed |= left
+            time.sleep(0.002)
 
     def kill_scanner(self, turn: int) -> str:
         """Kill a scanner process at any moment of its scan."""

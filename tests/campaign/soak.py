@@ -22,7 +22,7 @@ from tests.model.run import run as run_model
 from tests.support.world import User
 
 _STEPS = 5000
-_KILLS = {"guard": 50, "keeper": 20, "scanner": 50}
+_KILLS = {"guard": 50, "keeper": 20, "both": 20, "scanner": 50}
 _PROGRAM_MINUTES = 3
 _PROGRAM_KILL_SECONDS = 20
 

@@ -294,12 +294,15 @@ class Driver:
         finally:
             ended.set()
             watcher.join()
-            for puppet in self.puppets:
-                if puppet.sent:
-                    puppet.sent = False
-                    puppet.receive(30)
+            self._receive_what_was_sent()
         if failures:
             raise failures[0]
+
+    def _receive_what_was_sent(self) -> None:
+        for puppet in self.puppets:
+            if puppet.sent:
+                puppet.sent = False
+                puppet.receive(30)
 
     def _hold(self, held: Sequence[Step]) -> None:
         """Let puppets do `held` while the guard stands still; some will wait for it."""
@@ -307,6 +310,10 @@ class Driver:
             if self.puppets[index].allowed(name, a) and len(self.puppets[index].waiting) < 1:
                 self.puppets[index].waiting.append((name, a, quiet))
                 self.counts["held"] += 1
+        self._send_what_may_wait()
+
+    def _send_what_may_wait(self) -> None:
+        """Send what waits, until it is answered or waits for the guard."""
         busy = [puppet for puppet in self.puppets if puppet.waiting]
         for puppet in busy:
             puppet.send()
@@ -370,6 +377,25 @@ class Driver:
         self._scan()
         if keepers:
             self.world.await_other_keeper(keepers[0])
+
+    def _both(self, held: Sequence[Step]) -> None:
+        """Kill guard and keeper together; what puppets do then waits for another guard."""
+        self._killed()
+        if self.guard is None:
+            return
+        for pid in (*self.world.keepers(), self.guard):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while self.world.guard_processes():
+            assert time.monotonic() < deadline, "guard and keeper do not end"
+            time.sleep(0.002)
+        self.killed.append(self.guard)
+        self.guard = None
+        self._hold(held)
+        with self._client():
+            self._receive_what_was_sent()
+        self._look()
 
     def _shut_down(self) -> None:
         self._killed()

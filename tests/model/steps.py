@@ -23,7 +23,7 @@ _COMMANDS = {
 }  # fmt: skip
 _GUARD = {
     "scan": 30, "scan-die": 4, "unmerge": 3, "unmerge-one": 2, "kill": 1, "kill-soon": 1.5, "keeper": 0.3,
-    "scan-held": 12, "grow": 5,
+    "scan-held": 12, "grow": 5, "both": 0.5,
 }  # fmt: skip
 _GUARD_EVERY = 24  # commands, on average
 
@@ -45,7 +45,7 @@ def draw(seed: str, count: int) -> Iterator[Step]:
                 left -= len(grown)
                 yield from grown
                 continue
-            if step[0] == "scan-held":
+            if step[0] in ("scan-held", "both"):
                 step.append([each for _ in range(chance.randint(1, 6)) for each in _held(chance)])
             if step[0] in ("scan-die", "kill-soon", "unmerge-one"):
                 step.append(chance.randrange(12) if step[0] != "unmerge-one" else chance.randrange(PUPPETS))
