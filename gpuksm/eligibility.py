@@ -38,6 +38,28 @@ _HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), 
 _TTY_MAJORS = frozenset([4, *range(136, 144)])
 
 
+# Libraries of transports that use cross-memory attach (process_vm_writev), or link with one that does.
+_PEER_LIBRARIES = re.compile(
+    rb"/((lib(mpi|mpich|pmpi|uct|uct_cma|fabric|psm2)|mca_(btl_(vader|sm)|smsc_cma))\.so[.0-9]*)(?: \(deleted\))?$",
+    re.MULTILINE,
+)
+
+
+class Allowed(NamedTuple):
+    """What the user knows to do no harm, and would otherwise be a reason to skip a process.
+
+    `seccomp`: its filters; `direct_io`: descriptors through which devices might write to its memory;
+    `peer_writes`: libraries by which other processes might.
+    """
+
+    seccomp: bool = False
+    direct_io: bool = False
+    peer_writes: bool = False
+
+
+EVERYTHING = Allowed(seccomp=True, direct_io=True, peer_writes=True)
+
+
 class Region(NamedTuple):
     """Page-aligned bytes [start, end) of plain anonymous memory; `prot` as in mmap(2)."""
 
@@ -46,9 +68,7 @@ class Region(NamedTuple):
     prot: int
 
 
-def process_reason(
-    pid: int, *, named: bool, allow_seccomp: bool = False, allow_direct_io: bool = False
-) -> GpuksmError | None:
+def process_reason(pid: int, *, named: bool, allowed: Allowed) -> GpuksmError | None:
     """Why process `pid` is not merged, as an error that says what to do, or None when it may be.
 
     `named` is true for a process that the user named (--pid, --tree, exec,
@@ -58,9 +78,9 @@ def process_reason(
         return (
             _identity_reason(pid)
             or _permission_reason(pid)
-            or _thread_reason(pid, allow_seccomp)
+            or _thread_reason(pid, allowed.seccomp)
             or _program_reason(pid, named)
-            or pinning_reason(pid, allow_direct_io)
+            or writer_reason(pid, allowed)
         )
     except TargetGone:
         return NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run")
@@ -154,6 +174,25 @@ def _program_reason(pid: int, named: bool) -> GpuksmError | None:
     if capable and not named:
         return Unsupported(f"process {pid} has capabilities; name it by --pid {pid} if it is to be merged")
     return None
+
+
+def writer_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
+    """Why others than its own threads may write to memory of process `pid`, or None.
+
+    Raises TargetGone and NotPermitted.
+    """
+    return _peer_reason(pid, allowed.peer_writes) or pinning_reason(pid, allowed.direct_io)
+
+
+def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
+    """Why another process may write to its memory just while it is being replaced (hazard 7), or None."""
+    library = None if allow_peer_writes else procfs.maps_match(pid, _PEER_LIBRARIES)
+    if library is None:
+        return None
+    return Unsupported(
+        f"process {pid} uses {library}: processes of its job may write into its memory, and a write just while "
+        "it is merged would be lost; if their transport does not use cross-memory attach: --allow-peer-writes"
+    )
 
 
 def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:

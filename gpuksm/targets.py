@@ -125,8 +125,7 @@ def resolve(selection: Selection, *, strict: bool = True) -> list[TargetRequest]
 def check_named(pid: int) -> None:
     """Raise what keeps process `pid`, which the user named, from being a target.
 
-    What an option can allow (seccomp filters, direct I/O) is left to the guard,
-    which reports it per target.
+    What an option can allow is left to the guard, which reports it per target.
     """
     try:
         leader = int(procfs.status(pid)["Tgid"])
@@ -134,7 +133,7 @@ def check_named(pid: int) -> None:
         raise errors.NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run") from None
     if leader != pid:
         raise errors.NoSuchProcess(f"{pid} is a thread of process {leader}; name that one")
-    reason = eligibility.process_reason(pid, named=True, allow_seccomp=True, allow_direct_io=True)
+    reason = eligibility.process_reason(pid, named=True, allowed=eligibility.EVERYTHING)
     if reason is not None:
         raise reason
 

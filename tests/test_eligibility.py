@@ -39,8 +39,8 @@ def victim(code: str, after: str = "time.sleep(600)"):
         child.wait()
 
 
-def reason(pid, **options):
-    return eligibility.process_reason(pid, named=options.pop("named", True), **options)
+def reason(pid, named=True, **allowed):
+    return eligibility.process_reason(pid, named=named, allowed=eligibility.Allowed(**allowed))
 
 
 def test_a_plain_process_may_be_merged(tmp_path):
@@ -158,7 +158,7 @@ def test_seccomp_of_any_thread():
     )
     with victim(filtered) as pid:
         assert "seccomp" in str(reason(pid))
-        assert reason(pid, allow_seccomp=True) is None
+        assert reason(pid, seccomp=True) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_lets_devices_write_unseen(code, told):
     with victim(code) as pid:
         assert told in str(reason(pid))
         assert "--allow-direct-io" in str(reason(pid))
-        assert reason(pid, allow_direct_io=True) is None
+        assert reason(pid, direct_io=True) is None
 
 
 def test_descriptors_that_only_one_thread_has():
@@ -191,12 +191,25 @@ def test_descriptors_that_only_one_thread_has():
     )
     with victim(code) as pid:
         assert "descriptor" in str(reason(pid))
-        assert reason(pid, allow_direct_io=True) is None
+        assert reason(pid, direct_io=True) is None
+
+
+@pytest.mark.parametrize("name", ["libmpi.so.40.30.1", "libuct_cma.so.0", "mca_smsc_cma.so"])
+def test_processes_whose_peers_may_write_to_them(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(4096))
+    code = f"file = open({str(tmp_path / name)!r}, 'rb'); keep = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
+    with victim(code) as pid:
+        assert name in str(reason(pid))
+        assert "--allow-peer-writes" in str(reason(pid))
+        assert reason(pid, peer_writes=True) is None
+    (tmp_path / f"{name}.txt").write_bytes(bytes(4096))
+    with victim(code.replace(name, f"{name}.txt")) as pid:
+        assert reason(pid) is None
 
 
 def test_users_of_userfaultfd_are_left_alone():
     with victim("assert libc.syscall(323, 1) > 0") as pid:
-        assert "userfaultfd" in str(reason(pid, allow_direct_io=True))
+        assert "userfaultfd" in str(reason(pid, direct_io=True))
 
 
 REGIONS = """

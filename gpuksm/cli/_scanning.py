@@ -65,6 +65,11 @@ _ALLOWED = (
         is_flag=True,
         help="Also processes whose memory a device may write to (O_DIRECT, io_uring, RDMA, GPUs).",
     ),
+    click.option(
+        "--allow-peer-writes",
+        is_flag=True,
+        help="Also processes into whose memory others may write (MPI by cross-memory attach).",
+    ),
 )
 
 

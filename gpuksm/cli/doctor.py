@@ -156,7 +156,7 @@ def _target(pid: int) -> dict[str, Any]:
     try:
         found["name"] = procfs.stat(pid).comm
         targets.check_named(pid)
-        reason = eligibility.process_reason(pid, named=True, allow_seccomp=False, allow_direct_io=False)
+        reason = eligibility.process_reason(pid, named=True, allowed=eligibility.Allowed())
         regions, skipped = eligibility.regions(pid, None)
         found["regions"] = len(regions)
         found["bytes"] = sum(region.end - region.start for region in regions)

@@ -89,21 +89,18 @@ class Guard:
         if target is not None and not target.has_agent():
             self.drop(target)
             target = None
-        allow_direct_io = bool(options.get("allow_direct_io"))
+        allowed = eligibility.Allowed(
+            *(bool(options.get(name)) for name in eligibility.Allowed._fields)
+        )
         if target is None:
-            reason = eligibility.process_reason(
-                pid,
-                named=named,
-                allow_seccomp=bool(options.get("allow_seccomp")),
-                allow_direct_io=allow_direct_io,
-            )
+            reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:
                 raise reason
             self._check_domain(pid)
             target = self._attach(pid)
-        elif (reason := eligibility.pinning_reason(pid, allow_direct_io)) is not None:
+        elif (reason := eligibility.writer_reason(pid, allowed)) is not None:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
-        target.allow_direct_io = allow_direct_io
+        target.allow_direct_io = allowed.direct_io
         regions, skipped = eligibility.regions(pid, ranges, tracked=True)
         regions = [region for region in regions if not _is_own_memory(target, region)]
         try:

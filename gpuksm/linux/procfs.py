@@ -139,6 +139,12 @@ def maps_mention(pid: int, name: str) -> bool:
     return name.encode() in _read(pid, "maps")
 
 
+def maps_match(pid: int, pattern: re.Pattern[bytes]) -> str | None:
+    """The first group of `pattern` where a line of /proc/PID/maps matches, or None; nothing is parsed."""
+    found = pattern.search(_read(pid, "maps"))
+    return None if found is None else _text(found[1])
+
+
 def parse_smaps(data: bytes) -> list[SmapsVma]:
     """The VMAs of a smaps file, in address order; a VMA without its VmFlags line is left out.
 

@@ -113,11 +113,7 @@ class Engine:
 
     def ask_attach(self, wanted: Sequence[TargetRequest]) -> dict[str, Any]:
         """The guard's reply to `attach`; takes the scan lock.  Raises GuardError when another has it."""
-        options = {
-            "allow_seccomp": self.options.allow_seccomp,
-            "allow_direct_io": self.options.allow_direct_io,
-            "max_pause_us": self.options.max_pause_us,
-        }
+        options = {**self.options.allowed._asdict(), "max_pause_us": self.options.max_pause_us}
         asked = [{"pid": t.pid, "named": t.named, "ranges": t.ranges} for t in wanted]
         return self.client.request("attach", targets=asked, options=options)[0]
 

@@ -73,12 +73,7 @@ def _open_all(targets: Sequence[TargetRequest], options: ScanOptions, progress: 
     errors: list[GpuksmError] = []
     for number, target in enumerate(targets):
         progress.update("look", number, len(targets))
-        error = eligibility.process_reason(
-            target.pid,
-            named=target.named,
-            allow_seccomp=options.allow_seccomp,
-            allow_direct_io=options.allow_direct_io,
-        )
+        error = eligibility.process_reason(target.pid, named=target.named, allowed=options.allowed)
         subject = _Subject(target.pid, "", None, {}, None)
         try:
             subject.name = procfs.stat(target.pid).comm

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from gpuksm.eligibility import Allowed
+
 
 @dataclass(frozen=True)
 class TargetRequest:
@@ -30,8 +32,15 @@ class ScanOptions:
     max_pause_us: int = 5000
     allow_seccomp: bool = False
     allow_direct_io: bool = False
+    allow_peer_writes: bool = False
     device: str | None = None
     gpu_memory: int | None = None
+
+
+    @property
+    def allowed(self) -> Allowed:
+        """What would otherwise be a reason to skip a process."""
+        return Allowed(self.allow_seccomp, self.allow_direct_io, self.allow_peer_writes)
 
 
 class Progress(Protocol):

@@ -19,8 +19,7 @@ class Scanner:
         self._socket.settimeout(30)
         self._socket.connect(str(world.folder / "guard.sock"))
         wanted = [{"pid": victim.pid, "named": True, "ranges": None} for victim in victims]
-        options = {"allow_seccomp": False, "allow_direct_io": False, "max_pause_us": 5000}
-        reply = self.ask("attach", targets=wanted, options=options)
+        reply = self.ask("attach", targets=wanted, options={"max_pause_us": 5000})
         self.targets = [target["target"] for target in reply["targets"]]
         assert None not in self.targets, reply
         for _ in range(2):
