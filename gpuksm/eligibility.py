@@ -40,7 +40,8 @@ _TTY_MAJORS = frozenset([4, *range(136, 144)])
 
 # Libraries of transports that use cross-memory attach (process_vm_writev), or link with one that does.
 _PEER_LIBRARIES = re.compile(
-    rb"/((lib(mpi|mpich|pmpi|uct|uct_cma|fabric|psm2)|mca_(btl_(vader|sm)|smsc_cma))\.so[.0-9]*)(?: \(deleted\))?$",
+    rb"/((lib(mpi|mpich|pmpi|uct|uct_cma|fabric|psm2)|mca_(btl_(vader|sm)|smsc_cma))"
+    rb"\.so[.0-9]*)(?: \(deleted\))?$",
     re.MULTILINE,
 )
 
@@ -190,8 +191,8 @@ def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
     if library is None:
         return None
     return Unsupported(
-        f"process {pid} uses {library}: processes of its job may write into its memory, and a write just while "
-        "it is merged would be lost; if their transport does not use cross-memory attach: --allow-peer-writes"
+        f"process {pid} uses {library}: processes of its job may write into its memory, and a write just "
+        "while it is merged would be lost; if they do not use cross-memory attach: --allow-peer-writes"
     )
 
 

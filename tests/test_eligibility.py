@@ -97,7 +97,7 @@ def test_other_user_and_no_ptrace_permission():
     code = (
         "import os, sys; sys.path.insert(0, os.getcwd())\nfrom gpuksm import eligibility\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "error = eligibility.process_reason(int(sys.argv[1]), named=True)\n"
+        "error = eligibility.process_reason(int(sys.argv[1]), named=True, allowed=eligibility.Allowed())\n"
         "print(type(error).__name__, error)"
     )
 
@@ -197,7 +197,8 @@ def test_descriptors_that_only_one_thread_has():
 @pytest.mark.parametrize("name", ["libmpi.so.40.30.1", "libuct_cma.so.0", "mca_smsc_cma.so"])
 def test_processes_whose_peers_may_write_to_them(tmp_path, name):
     (tmp_path / name).write_bytes(bytes(4096))
-    code = f"file = open({str(tmp_path / name)!r}, 'rb'); keep = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
+    code = f"file = open({str(tmp_path / name)!r}, 'rb')\n"
+    code += "keep = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
     with victim(code) as pid:
         assert name in str(reason(pid))
         assert "--allow-peer-writes" in str(reason(pid))

@@ -89,9 +89,7 @@ class Guard:
         if target is not None and not target.has_agent():
             self.drop(target)
             target = None
-        allowed = eligibility.Allowed(
-            *(bool(options.get(name)) for name in eligibility.Allowed._fields)
-        )
+        allowed = eligibility.Allowed(*(bool(options.get(name)) for name in eligibility.Allowed._fields))
         if target is None:
             reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:

@@ -36,7 +36,6 @@ class ScanOptions:
     device: str | None = None
     gpu_memory: int | None = None
 
-
     @property
     def allowed(self) -> Allowed:
         """What would otherwise be a reason to skip a process."""

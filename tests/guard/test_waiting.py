@@ -14,6 +14,7 @@ import pytest
 from gpuksm.guard import journal, waiting
 from gpuksm.guard.agent import STAY, STAY_OFFSET
 from gpuksm.guard.attach import AGENT_NAME
+from gpuksm.guard.attic import Attic
 from gpuksm.guard.journal import Journal
 from gpuksm.guard.store import Store
 from tests import requirements_env
@@ -23,7 +24,7 @@ _NOBODY = 65534
 # Does what an agent does that waits, with descriptors that it is given or makes itself.
 _AGENT = """
 import ctypes, mmap, os, sys, threading
-user, name, store, ledger, layout, offset, target = sys.argv[1:]
+user, name, store, ledger, sending, receiving, layout, offset, target = sys.argv[1:]
 os.setuid(int(user))
 libc = ctypes.CDLL(None, use_errno=True)
 word = os.eventfd(0, os.EFD_CLOEXEC)
@@ -35,7 +36,8 @@ if store == "own":
 block = mmap.mmap(-1, 8192)
 at = ctypes.addressof(ctypes.c_char.from_buffer(block))
 import struct
-struct.pack_into(layout, block, int(offset), word, event, int(store), int(ledger), int(target))
+rest = map(int, (store, ledger, sending, receiving, target))
+struct.pack_into(layout, block, int(offset), word, event, *rest)
 def wait():
     libc.prctl(15, name.encode())
     print("READY", flush=True)
@@ -46,9 +48,10 @@ threading.Thread(target=wait).start()
 
 
 @contextmanager
-def _agent(user: int, store: object, ledger: int) -> Iterator[subprocess.Popen[str]]:
-    arguments = [user, AGENT_NAME, store, ledger, STAY.format, STAY_OFFSET, 7]
-    fds = [fd for fd in (store, ledger) if isinstance(fd, int)]
+def _agent(user: int, store: object, ledger: int, attic: Attic) -> Iterator[subprocess.Popen[str]]:
+    held = (store, ledger, attic.sending, attic.receiving)
+    arguments = [user, AGENT_NAME, *held, STAY.format, STAY_OFFSET, 7]
+    fds = [fd for fd in held if isinstance(fd, int)]
     with subprocess.Popen(
         [sys.executable, "-S", "-c", _AGENT, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -73,10 +76,10 @@ def test_an_agent_that_waits_is_found_and_ends_by_word(tmp_path: Path) -> None:
     requirements_env.need("uffd", "thread_pidfd")
     store = Store()
     log = _ledger(tmp_path, store)
-    with _agent(os.geteuid(), store.read_only, log.read_only) as agent:
+    with _agent(os.geteuid(), store.read_only, log.read_only, Attic()) as agent:
         assert waiting.find(tmp_path / "other") == {}
         found = waiting.find(tmp_path)
-        assert set(found) == {"store", "ledger", "event:7", "word:7"}
+        assert set(found) == {"store", "ledger", "attic-in", "attic-out", "event:7", "word:7"}
         assert os.fstat(found["store"]).st_ino == store.inode
         Journal(found["ledger"]).append(journal.GONE, 7)  # it can be written, as a successor does
         assert os.fstat(found["ledger"]).st_mode & 0o777 == 0o400
@@ -93,7 +96,7 @@ def test_what_another_user_made_is_not_believed(tmp_path: Path, store: str) -> N
     requirements_env.need("uffd", "thread_pidfd", "root")
     ours = Store()
     log = _ledger(tmp_path, ours)
-    with _agent(_NOBODY, store if store == "own" else ours.read_only, log.read_only):
+    with _agent(_NOBODY, store if store == "own" else ours.read_only, log.read_only, Attic()):
         found = waiting.find(tmp_path)
     # Of what we made, also an agent in another user's process may have a descriptor: it is how agents are.
     assert bool(found) == (store == "ours")
