@@ -180,13 +180,15 @@ class Episode:
         guard = self.guard()
         busy = [] if kind == "idle" else self.busy(turn)
         if kind == "scan":
-            timer = threading.Timer(self.chance.uniform(0, self.scan_seconds), self._kill_all)
+            timer = threading.Timer(
+                self.chance.uniform(0, self.scan_seconds), self.world.kill_guard_and_keeper
+            )
             timer.start()
             self.scan()
             timer.join()
         else:
             time.sleep(self.chance.uniform(0, 0.01))
-        self._kill_all()
+        self.world.kill_guard_and_keeper()
         found = GuardClient.find()
         assert found is not None, "nobody looks for what waits"
         found.close()
@@ -194,16 +196,6 @@ class Episode:
             victim.answer(30)
         assert self.guard() != guard, "the guard was not killed"
         return f"both, {kind}"
-
-    def _kill_all(self) -> None:
-        """A scan may be starting others meanwhile."""
-        killed: set[int] = set()
-        # One that dies has no environment any more, and sockets still.
-        while left := {*self.world.guard_processes(), *filter(processes.alive, killed)}:
-            for pid in (*self.world.keepers(), *left):
-                _kill(pid)
-            killed |= left
-            time.sleep(0.002)
 
     def kill_scanner(self, turn: int) -> str:
         """Kill a scanner process at any moment of its scan."""

@@ -383,14 +383,8 @@ class Driver:
         self._killed()
         if self.guard is None:
             return
-        for pid in (*self.world.keepers(), self.guard):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while self.world.guard_processes():
-            assert time.monotonic() < deadline, "guard and keeper do not end"
-            time.sleep(0.002)
         self.killed.append(self.guard)
+        self.world.kill_guard_and_keeper()
         self.guard = None
         self._hold(held)
         with self._client():

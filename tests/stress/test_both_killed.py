@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 
 import pytest
@@ -16,18 +14,6 @@ from tests.support.victims import Victim
 from tests.support.world import World
 
 
-def _kill_both(world: World) -> None:
-    guard = world.guard_pid()
-    (keeper,) = world.keepers()
-    os.kill(keeper, signal.SIGSTOP)  # or it might start a successor yet
-    os.kill(guard, signal.SIGKILL)
-    os.kill(keeper, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while world.guard_processes():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def _purgers(world: World) -> list[Victim]:
     requirements_env.need("thread_pidfd")
     return [world.victim("purge", 1) for _ in range(2)]
@@ -37,7 +23,7 @@ def test_a_discard_waits_for_the_next_guard(each_world: World) -> None:
     victims = _purgers(each_world)
     before = [processes.footprint(victim.pid) for victim in victims]
     each_world.scan(*victims)
-    _kill_both(each_world)
+    each_world.kill_guard_and_keeper()
     for victim in victims:
         victim.send("run span")
     time.sleep(0.3)
@@ -63,7 +49,7 @@ def test_a_fork_waits_for_the_next_guard(world: World) -> None:
     requirements_env.need("thread_pidfd")
     victims = [world.victim("forks") for _ in range(2)]
     world.scan(*victims)
-    _kill_both(world)
+    world.kill_guard_and_keeper()
     for victim in victims:
         victim.send("run drops")
     time.sleep(0.3)
@@ -85,7 +71,7 @@ def test_both_are_killed_while_they_are_at_work(world: World) -> None:
         for victim in victims[:2]:
             victim.send("run arena")
         time.sleep(choice.uniform(0.2, 2))
-        _kill_both(world)
+        world.kill_guard_and_keeper()
         scan.communicate(timeout=60)
         world.scan(*victims)
         for victim in victims[:2]:

@@ -7,6 +7,7 @@ victim, a guard or a keeper.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -164,6 +165,19 @@ class World:
     def keepers(self) -> list[int]:
         """Keepers by pid; normally there is one, also one that has not come so far as to name itself."""
         return [pid for pid in self.guard_processes() if _is_keeper(pid)]
+
+    def kill_guard_and_keeper(self, seconds: float = 10) -> None:
+        """kill -9 of both, and of those that were just being started; returns when all have ended."""
+        killed: set[int] = set()
+        deadline = time.monotonic() + seconds
+        # One that dies has no environment any more, by which it is known, and its sockets still.
+        while left := {*self.guard_processes(), *filter(processes.alive, killed)}:
+            assert time.monotonic() < deadline, f"{left} do not end"
+            for pid in (*self.keepers(), *left):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed |= left
+            time.sleep(0.002)
 
     def await_other_keeper(self, killed: int, seconds: float = 15) -> None:
         """Wait until the guard has put another keeper in the place of one that was killed."""
