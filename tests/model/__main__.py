@@ -20,6 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--workers", type=int, default=0, help="episodes side by side")
     parser.add_argument("--shrink", type=float, default=120, metavar="SECONDS")
     parser.add_argument("--replay", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -40,6 +41,7 @@ def main() -> int:
                     user,
                     shrink_seconds=arguments.shrink,
                     verbose=True,
+                    workers=arguments.workers,
                 )
         except Failure as failure:
             print(failure)

@@ -11,8 +11,10 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from tests.model.driver import Driver
 from tests.model.steps import Step, draw
@@ -27,6 +29,9 @@ class Failure(AssertionError):
     def __init__(self, steps: Sequence[Step], what: str) -> None:
         super().__init__(what)
         self.steps = list(steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Failure, (self.steps, str(self))
 
     @property
     def kind(self) -> str:
@@ -79,6 +84,35 @@ def shrink(failure: Failure, victims_folder: Path, user: User, seconds: float) -
     return failure
 
 
+def _numbered(seed: int, number: int, steps: int, victims_folder: Path, user: User) -> Counter[str] | Failure:
+    """Episode `number` of a run of `steps`."""
+    sequence = list(draw(f"{seed}:{number}", min(EPISODE, steps - number * EPISODE)))
+    try:
+        return episode(sequence, victims_folder, user) + Counter(steps=len(sequence))
+    except Failure as failure:
+        return failure
+
+
+def _episodes(
+    seed: int, steps: int, victims_folder: Path, user: User, workers: int
+) -> Iterator[tuple[int, Counter[str] | Failure]]:
+    """Every episode with its outcome, as they end."""
+    numbers = range(-(-steps // EPISODE))
+    if not workers:
+        for number in numbers:
+            yield number, _numbered(seed, number, steps, victims_folder, user)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        futures = {
+            pool.submit(_numbered, seed, number, steps, victims_folder, user): number for number in numbers
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def run(
     seed: int,
     steps: int,
@@ -87,21 +121,23 @@ def run(
     *,
     shrink_seconds: float = 0,
     verbose: bool = False,
+    workers: int = 0,
 ) -> Counter[str]:
-    """`steps` steps; Failure, shortened where there is time for it, names its seed."""
+    """`steps` steps; Failure, shortened where there is time for it, names its seed.
+
+    With `workers` episodes run side by side in as many processes.
+    """
     counts: Counter[str] = Counter()
     began = time.monotonic()
-    for number in range(-(-steps // EPISODE)):
-        sequence = list(draw(f"{seed}:{number}", min(EPISODE, steps - number * EPISODE)))
-        try:
-            counts += episode(sequence, victims_folder, user)
-        except Failure as failure:
+    for number, done in _episodes(seed, steps, victims_folder, user, workers):
+        if isinstance(done, Failure):
+            failure = done
             if shrink_seconds:
                 print(f"seed {seed}:{number}: {failure}; looking for a shorter sequence", flush=True)
                 failure = shrink(failure, victims_folder, user, shrink_seconds)
             text = "\n".join(json.dumps(step) for step in failure.steps)
-            raise Failure(failure.steps, f"seed {seed}:{number}: {failure}\nreplay:\n{text}") from None
-        counts["steps"] += len(sequence)
+            raise Failure(failure.steps, f"seed {seed}:{number}: {failure}\nreplay:\n{text}")
+        counts += done
         if verbose:
             rate = counts["steps"] / (time.monotonic() - began)
             print(f"{counts['steps']} steps, {rate:.0f}/s, {counts['pages merged']} pages merged", flush=True)
