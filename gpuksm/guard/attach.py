@@ -455,14 +455,18 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
     message, _ = _message(agent, table, control + bytes(-len(control) % 8))
     table.add(nr.SENDMSG, _agent_socket(agent), message, 0)
     agent.start(table)
-    _, received, _, _ = socket.recv_fds(agent.sock, 1, len(fds))
+    # Where sending failed, what comes first is the agent's acknowledgement.
+    _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
+    received = list(array.array("i", b"".join(data for _, _, data in rights)))
+    if received:
+        agent.sock.recv(1)
     agent.finish(table)
     for fd in received:
         os.set_inheritable(fd, False)
     if len(received) != len(fds):
         for fd in received:
             os.close(fd)
-        raise Unsupported(f"process {agent.pid} could not hand over its userfaultfds; skipped")
+        raise Unsupported(f"process {agent.pid} could not hand over its userfaultfds (limit?); skipped")
     return received
 
 

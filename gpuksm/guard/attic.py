@@ -30,11 +30,13 @@ _SO_SNDBUFFORCE = 32
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
-def put(sending: int, number: int, uffd_event: int) -> None:
+def put(sending: int, number: int, uffd_event: int) -> bool:
     """Put the userfaultfd of process `number` into the queue; one that is full takes nothing more."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sending)) as end:
         rights = array.array("i", [uffd_event])
         end.sendmsg([b"%d" % number], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+        return True
+    return False
 
 
 def take_all(receiving: int) -> dict[int, int]:
@@ -81,8 +83,7 @@ class Attic:
 
     def put(self, number: int, uffd_event: int) -> None:
         """Put the userfaultfd of process `number` there, unless it is."""
-        if number not in self.inside:
-            put(self.sending, number, uffd_event)
+        if number not in self.inside and put(self.sending, number, uffd_event):
             self.inside.add(number)
 
     def remove(self, number: int) -> None:
@@ -95,7 +96,6 @@ class Attic:
         self._put_back(found)
 
     def _put_back(self, found: dict[int, int]) -> None:
-        for number, fd in found.items():
-            put(self.sending, number, fd)
+        self.inside = {number for number, fd in found.items() if put(self.sending, number, fd)}
+        for fd in found.values():
             os.close(fd)
-        self.inside = set(found)

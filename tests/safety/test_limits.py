@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from typing import Any
 
@@ -214,3 +216,24 @@ def test_a_mapping_fails(world: World, merged_before: bool) -> None:
     for victim in victims:
         victim.verify()
         assert processes.store_mappings(victim.pid) == []
+
+
+def test_a_user_whose_descriptors_in_flight_are_too_many(world: World) -> None:
+    """The agent, which has no privilege, cannot send its userfaultfds; that is said, and costs nothing."""
+    victims = [
+        world.victim("regions", 256, 4, 1, "straight", wrapper=("prlimit", "--nofile=64")) for _ in range(2)
+    ]
+    before = [processes.footprint(victim.pid) for victim in victims]
+    one, other = socket.socketpair()
+    with one, other, open(os.devnull) as file:
+        for _ in range(100):
+            socket.send_fds(one, [b"x"], [file.fileno()])
+        done = world.gpuksm("scan", "--json", *(part for victim in victims for part in ("--pid", victim.pid)))
+        assert "could not hand over its userfaultfds" in done.out + done.err
+    for victim, was in zip(victims, before, strict=True):
+        victim.verify()
+        deadline = time.monotonic() + 10
+        while left := processes.left_behind(was, processes.footprint(victim.pid)):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
+    assert world.scan(*victims)["pages_sharing"] > 0

@@ -1,0 +1,75 @@
+"""The queue of userfaultfds: what is put there stays there without us, until it is taken out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from gpuksm.guard.attic import Attic, put, take_all
+from gpuksm.linux import _libc, uffd
+from tests import requirements_env
+
+_userfaultfd = _libc.syscall_function("userfaultfd", 323, ctypes.c_int)
+
+
+@pytest.fixture
+def uffds() -> Iterator[list[int]]:
+    requirements_env.need("uffd")
+    fds = [_userfaultfd(uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY) for _ in range(3)]
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def _close(fds: dict[int, int]) -> set[int]:
+    for fd in fds.values():
+        os.close(fd)
+    return set(fds)
+
+
+def test_it_outlives_who_put_it_there(uffds: list[int]) -> None:
+    first = Attic()
+    for number, fd in enumerate(uffds):
+        first.put(number, fd)
+        first.put(number, fd)  # it is there
+    os.close(first.sending)
+    assert _close(take_all(first.receiving)) == {0, 1, 2}
+
+
+def test_one_is_taken_out(uffds: list[int]) -> None:
+    again = Attic()
+    for number, fd in enumerate(uffds):
+        again.put(number, fd)
+    successor = Attic(os.dup(again.sending), os.dup(again.receiving))
+    assert successor.inside == {0, 1, 2}
+    assert _close(successor.copies()) == {0, 1, 2}
+    successor.remove(1)
+    assert _close(take_all(again.receiving)) == {0, 2}
+    assert not select.select([again.receiving], [], [], 0)[0]
+
+
+def test_what_is_no_userfaultfd_is_not_taken(uffds: list[int]) -> None:
+    attic = Attic()
+    one, other = os.pipe()
+    put(attic.sending, 7, one)
+    attic.put(8, uffds[0])
+    with open(os.devnull) as file:
+        put(attic.sending, 9, file.fileno())
+    assert _close(take_all(attic.receiving)) == {8}
+    os.close(one)
+    os.close(other)
+
+
+def test_a_full_queue_does_not_block(uffds: list[int]) -> None:
+    attic = Attic()
+    with socket.socket(fileno=os.dup(attic.sending)) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    for number in range(1000):
+        attic.put(number, uffds[0])
+    assert 10 < len(attic.inside) < 1000
+    assert _close(take_all(attic.receiving)) == attic.inside
