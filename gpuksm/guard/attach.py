@@ -16,7 +16,7 @@ If we die:
 - before `set_registers`: nothing has happened; the threads go on.
 - after it: the bootstrap runs to its end by itself and the thread goes on where
   it was, its system call restarted; the bytes of the bootstrap stay behind in
-  the unused end of the page, two mappings may stay behind.
+  the unused end of the page.  What it has mapped it unmaps, unless it was let to start an agent.
 - after clone: the agent finds the socket closed, unmaps its block and ends; once the target is in
   the guard's books it waits instead (agent.py).
 """

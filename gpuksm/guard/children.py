@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _FORK_NS = 100_000_000
 _RETRY_SECONDS = 0.05
 _SEARCHES = 40
+_SETTLE_SECONDS = 2.0
 _DISMISSAL_SECONDS = 0.05
 _BOOTSTRAP_MAPPINGS = 2  # the agent's code page and its control block
 
@@ -284,6 +285,15 @@ def adopt_orphans(guard: Guard) -> None:
             orphan.tries += 1
             orphan.due = time.monotonic() + _RETRY_SECONDS
             guard.orphans.append(orphan)
+
+
+def settle(guard: Guard) -> list[int]:
+    """Wait until orphans are adopted, as far as that goes in reasonable time; pids of the others."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while guard.orphans and time.monotonic() < deadline:
+        guard.breathe()
+        time.sleep(_RETRY_SECONDS / 10)
+    return [orphan.pid for orphan in guard.orphans if orphan.pid is not None]
 
 
 def _alive(pid: int) -> bool:

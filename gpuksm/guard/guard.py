@@ -328,6 +328,7 @@ class Guard:
 
     def unmerge(self, pids: list[int] | None, max_pause_us: int) -> tuple[int, list[int], dict[str, str]]:
         """Unmerge targets (None: all), in steps; (pages, pauses, {pid: why not})."""
+        late = children.settle(self)
         chosen = list(self.targets.values())
         if pids is not None:
             known = {target.pid: target for target in chosen}
@@ -344,7 +345,9 @@ class Guard:
             )
         pages = 0
         pauses: list[int] = []
-        failed: dict[str, str] = {}
+        failed = {
+            str(pid): "is just being taken over; try again" for pid in late if pids is None or pid in pids
+        }
         for target in chosen:
             try:
                 count, more = restore.restore_all(

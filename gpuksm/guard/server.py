@@ -398,7 +398,7 @@ class Server:
 
     def _shutdown(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         merged = sum(target.runs.pages for target in self.guard.targets.values())
-        if merged:
+        if merged or self.guard.orphans:
             raise GuardError(f"{merged} pages are merged; run `gpuksm unmerge --all` first")
         self.stopping = True
         self.guard.release_idle()

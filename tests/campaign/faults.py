@@ -52,10 +52,6 @@ class Run:
     action: str
     turn: int
     fired: bool = False
-    # A bootstrap that nobody sees to its end leaves what it has mapped, 320 KiB of addresses and one
-    # page of memory, which cannot be told from the target's own: after a fault in it, or when a
-    # busy machine does not let it come to its end in time.
-    block_stays: bool = False
     wrong: str | None = None
     what: str = ""
     seconds: float = 0.0
@@ -211,9 +207,8 @@ def _must_work(
         if victim is replaced:
             continue
         said = load.settled_difference(victim, before[victim.pid])
-        if any(not load.is_control_block(each) for each in said):
+        if said:
             raise Wrong("left behind", f"{victim.name}: {'; '.join(said)}")
-        run.block_stays |= bool(said)
     load.shut_down(world)
     for victim in victims:
         victim.stop()
@@ -239,8 +234,6 @@ def perform(victims_folder: Path, point: str, action: str, number: int) -> Run:
 def _cell(runs: list[Run]) -> str:
     fired = sum(run.fired for run in runs)
     wrong = Counter(run.wrong for run in runs if run.wrong)
-    if any(run.block_stays for run in runs):
-        wrong["block stays"] = sum(run.block_stays for run in runs)
     text = f"{fired}/{len(runs)}" if fired < len(runs) else str(fired)
     return " ".join([text, *(f"{count} {kind}" for kind, count in wrong.items())])
 

@@ -107,7 +107,6 @@ class Episode:
             load.look(victim)
             assert processes.store_mappings(victim.pid) == [], f"{victim.name}: still maps the store"
             said = load.settled_difference(victim, self.before[victim.pid])
-            said = [each for each in said if not load.is_control_block(each)]
             assert not said, f"{victim.name}: left behind: {'; '.join(said)}"
         load.shut_down(self.world)
         for victim in self.victims:

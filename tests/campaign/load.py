@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -26,7 +25,6 @@ from tests.support.world import User, World
 OPTIONS = ScanOptions(batch_pages=1024, settle_seconds=0.01, backend="cpu", threads=1)
 TRY_AGAIN = ("try again", "does not stop", "is stopped", "did not stop", "lost the guard", "another scan")
 _MOVES_ITS_MEMORY = ("growth", "forks")
-_CONTROL_BLOCK_BYTES = 0x50000
 _SETTLE_SECONDS = 2
 _tags = itertools.count(1)
 
@@ -136,22 +134,13 @@ def footprints(all_victims: list[Victim]) -> dict[int, processes.Footprint]:
     return {victim.pid: processes.footprint(victim.pid) for victim in all_victims}
 
 
-def is_control_block(said: str) -> bool:
-    """Whether what `left_behind` says is of an agent's control block."""
-    found = re.fullmatch(r"mapping new: 0x(\w+)-0x(\w+) rw-p ", said)
-    return found is not None and int(found[2], 16) - int(found[1], 16) == _CONTROL_BLOCK_BYTES
-
-
 def settled_difference(victim: Victim, before: processes.Footprint) -> list[str]:
-    """What gpuksm has left in a victim, once agents that are ending have had time to.
-
-    A control block, which may stay, is not waited for once no thread of ours is left.
-    """
+    """What gpuksm has left in a victim, once agents that are ending have had time to."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         said = processes.left_behind(before, processes.footprint(victim.pid))
         if victim.program in _MOVES_ITS_MEMORY:
             said = [each for each in said if not each.startswith("mapping")]
-        if all(map(is_control_block, said)) or time.monotonic() > deadline:
+        if not said or time.monotonic() > deadline:
             return said
         time.sleep(0.02)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gpuksm.guard import arch
-from gpuksm.linux import pidfd, uffd
+from gpuksm.linux import pidfd, ptrace, uffd
 from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -154,6 +154,28 @@ def test_kill_the_keeper(world: World) -> None:
             _exercise(victims, turn)
             assert world.guard_pid() != guard
     _finish(world, victims)
+
+
+def test_what_a_successor_has_not_yet_is_not_told_to_be_unmerged(world: World) -> None:
+    """A debugger keeps it out of one target, in which memory is merged."""
+    victims = [world.victim("regions", 256, 16, seed, "straight") for seed in (1, 2)]
+    world.scan(*victims)
+    debugged = victims[0].pid
+    guard = world.guard_pid()
+    ptrace.seize(debugged)
+    try:
+        os.kill(guard, signal.SIGKILL)
+        assert world.guard_pid() != guard
+        assert list(world.request("unmerge", pids=None)["failed"]) == [str(debugged)]
+        assert processes.store_mappings(debugged)
+    finally:
+        ptrace.interrupt(debugged)
+        os.waitpid(debugged, 0)
+        ptrace.detach(debugged)
+    world.unmerge()
+    for victim in victims:
+        assert processes.store_mappings(victim.pid) == []
+        victim.verify()
 
 
 def test_successors_leave_nothing_behind(each_world: World) -> None:

@@ -40,7 +40,7 @@ bootstrap:
     syscall                          # r10, r8, r9 are kept by the kernel
     mov %rax, %r12
     cmp $-4096, %rax
-    ja restore
+    ja drop_code
     mov $28, %eax                    # a forked child inherits neither: madvise(MADV_DONTFORK)
     mov %r13, %rdi
     mov $CODE_BYTES, %esi
@@ -58,7 +58,7 @@ bootstrap:
     mov %r12, %r10
     syscall
     test %eax, %eax
-    jnz restore
+    jnz drop
     cmpl $0, 8(%r12)                 # set by the guard once the agent's code is in place
     je 1f
     mov $56, %eax                    # clone(VM|FS|SIGHAND|THREAD|SYSVSEM|UNTRACED, top of the block)
@@ -75,6 +75,18 @@ bootstrap:
     syscall
     mov $3, %eax
     mov 4(%r12), %edi
+    syscall
+    cmpl $0, 8(%r12)                 # left alone before there was an agent: nothing may stay behind
+    jne restore
+drop:
+    mov $11, %eax                    # munmap(block)
+    mov %r12, %rdi
+    mov $BLOCK_BYTES, %esi
+    syscall
+drop_code:
+    mov $11, %eax                    # munmap(code page)
+    mov %r13, %rdi
+    mov $CODE_BYTES, %esi
     syscall
 restore:
     mov $14, %eax                    # rt_sigprocmask(SIG_SETMASK, the thread's own, NULL, 8)
