@@ -245,6 +245,11 @@ def memory_size(pid: int) -> int:
     return size
 
 
+def resident_size(pid: int) -> int:
+    """Pages of process `pid` that are in memory, of files too (/proc/PID/statm)."""
+    return int(_read(pid, "statm").split()[1])
+
+
 def available_memory() -> int:
     """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where it does not say."""
     with open("/proc/meminfo") as file:

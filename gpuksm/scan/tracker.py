@@ -175,11 +175,17 @@ class PageMap:
             )
         return out[:count].copy() if count < len(out) // 2 else out[:count]
 
+    def present(self) -> tuple[U64, U64]:
+        """Stretches of the regions that hold all present anonymous pages, and not many others."""
+        # Where much is present, asking which it is takes longer than looking at all entries.
+        dense = count_pages(self.low, self.high) <= 2 * procfs.resident_size(self.pid)
+        if dense or not pagemap.probe():
+            return self.low, self.high
+        return self.select(PRESENT_MASK, PRESENT_INVERTED)
+
     def present_exclusive(self) -> U64:
         """Addresses of all present anonymous pages of the regions that no other process maps."""
-        if pagemap.probe():
-            return self.exclusive_in(*self.select(PRESENT_MASK, PRESENT_INVERTED))
-        return self.exclusive_in(self.low, self.high)
+        return self.exclusive_in(*self.present())
 
 
 def _gone_or(error: OSError, pid: int) -> Exception:
