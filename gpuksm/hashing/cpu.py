@@ -24,7 +24,7 @@ hash_pages = _KERNELS.hash_pages
 
 # Large enough that the cost of a read call is spread out, small enough that
 # the chunk is still in the reader's L2 cache when it is hashed.
-CHUNK_PAGES = 256
+CHUNK_PAGES = 128
 
 
 def digest_pages(pages: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:

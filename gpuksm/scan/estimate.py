@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -42,9 +42,13 @@ class _Subject:
     name: str
     tracker: Tracker | None
     skipped: dict[str, int]
-    error: str | None
+    reason: GpuksmError | None
     budget: int = 0
     resident: int = 0
+
+    @property
+    def error(self) -> str | None:
+        return f"{type(self.reason).__name__}: {self.reason}" if self.reason else None
 
 
 def run(
@@ -54,7 +58,7 @@ def run(
     began, cpu_began = time.monotonic(), time.process_time()
     subjects: list[_Subject] = []
     with ThreadPoolExecutor(1) as pool:
-        # Loading the backend takes as long as looking the targets up, which is the kernel's work.
+        # Loading the backend takes as long as looking the first targets up, which the lookout does meanwhile.
         making = pool.submit(
             select.create,
             options.backend,
@@ -64,13 +68,21 @@ def run(
             options.gpu_memory,
         )
         try:
-            subjects.extend(_open_all(targets, options, progress))
-            living = [subject.tracker for subject in subjects if subject.tracker is not None]
-            total = sum(subject.resident for subject in subjects)
-            with Lookout([tracker.map for tracker in living], options.batch_pages) as lookout:
+            opened = _opened(targets, options, progress, subjects)
+            with Lookout(opened, options.batch_pages) as lookout:
                 hasher, why = making.result()
                 pool.submit(_load_planner)
-                pages, scanned = survey(living, lookout, hasher, options.batch_pages, progress, total)
+                pages, scanned = survey(
+                    lookout,
+                    hasher,
+                    options.batch_pages,
+                    progress,
+                    lambda: sum(each.resident for each in subjects),
+                )
+            living = [subject.tracker for subject in subjects if subject.tracker is not None]
+            reasons = [subject.reason for subject in subjects if subject.reason is not None]
+            if reasons and len(reasons) == len(subjects):
+                raise reasons[0]
             progress.update("plan", 0, 0)
             plan = make_plan(pages, no_stable_tree(), _budgets(subjects), hasher.sort)
             more = (
@@ -94,19 +106,19 @@ def _load_planner() -> None:
         library(kernels)
 
 
-def _open_all(targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress) -> list[_Subject]:
-    """Look every target up; raises the first one's error when none can be read."""
-    subjects = []
-    errors: list[GpuksmError] = []
+def _opened(
+    targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress, subjects: list[_Subject]
+) -> Iterator[Tracker]:
+    """Look one target up after the other and append it to `subjects`; those that can be read."""
     for number, target in enumerate(targets):
         progress.update("look", number, len(targets))
+        subject = _Subject(target.pid, "", None, {}, None)
         error = eligibility.process_reason(
             target.pid,
             named=target.named,
             allow_seccomp=options.allow_seccomp,
             allow_direct_io=options.allow_direct_io,
         )
-        subject = _Subject(target.pid, "", None, {}, None)
         try:
             subject.name = procfs.stat(target.pid).comm
             if error is None:
@@ -116,13 +128,10 @@ def _open_all(targets: Sequence[TargetRequest], options: ScanOptions, progress: 
                 subject.tracker = Tracker(target.pid, found, passive=True)
         except (TargetGone, NotPermitted) as trouble:
             error = error or trouble
-        if error is not None:
-            errors.append(error)
-            subject.error = f"{type(error).__name__}: {error}"
+        subject.reason = error
         subjects.append(subject)
-    if errors and len(errors) == len(subjects):
-        raise errors[0]
-    return subjects
+        if subject.tracker is not None:
+            yield subject.tracker
 
 
 def _budgets(subjects: list[_Subject]) -> I64:

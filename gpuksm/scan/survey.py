@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -21,7 +22,7 @@ from gpuksm.hashing.protocol import KIND_UNREADABLE, Hasher
 from gpuksm.scan.columns import PAGE_BYTES, U64, windows_of
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.runs import Pages
-from gpuksm.scan.tracker import PageMap, Tracker, user_key
+from gpuksm.scan.tracker import Tracker, user_key
 from gpuksm.scan.types import Progress
 
 # Windows that are looked up but not yet read, at most: what is read was present a moment ago.
@@ -30,17 +31,22 @@ _WAIT_SECONDS = 0.1
 
 
 class Window(NamedTuple):
-    """Pages of the target number `target` that are present and its own alone, ascending."""
+    """Pages of the target number `target`, `tracker`, that are present and its own alone, ascending."""
 
     target: int
+    tracker: Tracker
     address: U64
 
 
 class Lookout:
-    """A thread that looks up windows of at most `pages` present pages each, a little ahead of `windows`."""
+    """A thread that looks up windows of at most `pages` pages each, a little ahead of `windows`.
 
-    def __init__(self, maps: Sequence[PageMap], pages: int) -> None:
-        self._maps, self._pages = maps, pages
+    `trackers` are asked for one after the other, in that thread.
+    """
+
+    def __init__(self, trackers: Iterable[Tracker], pages: int) -> None:
+        self.trackers: list[Tracker] = []
+        self._wanted, self._pages = trackers, pages
         self._found: queue.Queue[Window | BaseException | None] = queue.Queue(_AHEAD)
         self._stopped = False
         self._thread = threading.Thread(target=self._labour, name="gpuksm-lookout", daemon=True)
@@ -59,18 +65,22 @@ class Lookout:
     def _labour(self) -> None:
         last: BaseException | None = None
         try:
-            for number, page_map in enumerate(self._maps):
-                self._look(number, page_map)
+            for tracker in self._wanted:
+                self.trackers.append(tracker)
+                self._look(tracker)
+                if self._stopped:
+                    return
         except BaseException as error:
             last = error
         self._put(last)
 
-    def _look(self, number: int, page_map: PageMap) -> None:
+    def _look(self, tracker: Tracker) -> None:
+        number = len(self.trackers) - 1
         try:
-            for low, high in windows_of(*page_map.present(), self._pages):
+            for low, high in windows_of(*tracker.map.present(), self._pages):
                 if self._stopped:
                     return
-                self._put(Window(number, page_map.exclusive_in(low, high)))
+                self._put(Window(number, tracker, tracker.map.exclusive_in(low, high)))
         except TargetGone:
             return
 
@@ -96,7 +106,7 @@ class Lookout:
 
 
 def batches(found: Iterator[Window], pages: int) -> Iterator[list[Window]]:
-    """Windows put together, at most `pages` present pages in a batch."""
+    """Windows put together, at most `pages` pages in a batch; one that is half full waits for no more."""
     batch: list[Window] = []
     room = pages
     for window in found:
@@ -105,63 +115,61 @@ def batches(found: Iterator[Window], pages: int) -> Iterator[list[Window]]:
             batch, room = [], pages
         batch.append(window)
         room -= len(window.address)
+        if room < pages // 2:
+            yield batch
+            batch, room = [], pages
     if batch:
         yield batch
 
 
 def survey(
-    trackers: Sequence[Tracker],
-    lookout: Lookout,
-    hasher: Hasher,
-    batch_pages: int,
-    progress: Progress,
-    total: int,
+    lookout: Lookout, hasher: Hasher, batch_pages: int, progress: Progress, expected: Callable[[], int]
 ) -> tuple[Pages, list[int]]:
-    """(the planner's columns of all pages that were read, pages read of each target).
+    """(the planner's columns of all pages that were read, pages read of each of the lookout's trackers).
 
-    `total` is how many pages are expected, for `progress`.
+    `expected` says how many pages there may be, for `progress`.
     """
-    addresses: list[list[U64]] = [[] for _ in trackers]
+    addresses: list[tuple[int, U64]] = []
     digests: list[U64] = [np.empty(0, np.uint64)]
     kinds: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)]
-    scanned = [0] * len(trackers)
+    scanned: Counter[int] = Counter()
     done = 0
     for batch in batches(lookout.windows(), batch_pages):
+        total = expected()
         progress.update("hash", min(done, total), total)
-        source = LivePages([(trackers[window.target].pid, window.address) for window in batch])
+        source = LivePages([(window.tracker.pid, window.address) for window in batch])
         digest, kind = np.empty(source.pages, np.uint64), np.empty(source.pages, np.uint8)
         try:
             hasher.digest(source, digest, kind)
         finally:
             source.close()
         at = 0
-        for target, address in batch:
+        for target, tracker, address in batch:
             part = slice(at, at + len(address))
             at += len(address)
             scanned[target] += len(address)
-            digest[part] ^= user_key(trackers[target])
+            digest[part] ^= user_key(tracker)
             readable = kind[part] != KIND_UNREADABLE
             whole = bool(readable.all())
-            addresses[target].append(address if whole else address[readable])
+            addresses.append((target, address if whole else address[readable]))
             digests.append(digest[part] if whole else digest[part][readable])
             kinds.append(kind[part] if whole else kind[part][readable])
         done += source.pages
-    progress.update("hash", total, total)
-    return _columns(trackers, addresses, np.concatenate(digests), np.concatenate(kinds)), scanned
+    progress.update("hash", done, done)
+    pages = _columns(lookout.trackers, addresses, np.concatenate(digests), np.concatenate(kinds))
+    return pages, [scanned[number] for number in range(len(lookout.trackers))]
 
 
 def _columns(
-    trackers: Sequence[Tracker], addresses: list[list[U64]], digest: U64, kind: NDArray[np.uint8]
+    trackers: Sequence[Tracker], addresses: list[tuple[int, U64]], digest: U64, kind: NDArray[np.uint8]
 ) -> Pages:
-    counts = [sum(map(len, parts)) for parts in addresses]
-    address = np.concatenate([np.empty(0, np.uint64), *(part for parts in addresses for part in parts)])
+    address = np.concatenate([np.empty(0, np.uint64), *(part for _, part in addresses)])
+    owners = np.array([number for number, _ in addresses], np.uint32)
+    target = np.repeat(owners, [len(part) for _, part in addresses])
     joins = np.zeros(len(address), np.bool_)
     np.equal(address[1:], address[:-1] + np.uint64(PAGE_BYTES), out=joins[1:])
-    at = 0
-    for tracker, count in zip(trackers, counts, strict=True):
-        if count:
-            joins[at] = False
-            joins[at + tracker.map.starts_of(address[at : at + count])] = False
-        at += count
-    target = np.repeat(np.arange(len(trackers), dtype=np.uint32), counts)
+    ends = np.searchsorted(target, np.arange(len(trackers) + 1))
+    for tracker, at, end in zip(trackers, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        joins[at : min(at + 1, end)] = False
+        joins[at + tracker.map.starts_of(address[at:end])] = False
     return Pages(target, address, digest, kind, joins, np.zeros(len(address), np.bool_))

@@ -17,7 +17,7 @@ from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, procfs, vm
 from gpuksm.scan.columns import PAGE_BYTES
 from gpuksm.scan.reader import LivePages
-from gpuksm.scan.survey import Lookout, survey
+from gpuksm.scan.survey import Lookout, Window, batches, survey
 from gpuksm.scan.tracker import PageMap, Tracker, gather
 from gpuksm.scan.types import NoProgress
 
@@ -61,14 +61,29 @@ def test_a_survey_finds_what_looking_and_hashing_one_after_the_other_do(area, ha
     hasher.digest(LivePages([(os.getpid(), other.columns.address)]), digests, kinds)
     other.learn(np.arange(len(digests)), digests, kinds)
     expected = gather([other, other])
-    with Lookout([tracker.map for tracker in trackers], batch) as lookout:
-        pages, scanned = survey(trackers, lookout, hasher, batch, NoProgress(), 100)
+    with Lookout(trackers, batch) as lookout:
+        pages, scanned = survey(lookout, hasher, batch, NoProgress(), lambda: 100)
     for name in ("target", "address", "digest", "kind", "joins", "watched"):
         assert getattr(pages, name).tolist() == getattr(expected, name).tolist(), name
         assert getattr(pages, name).dtype == getattr(expected, name).dtype
     assert scanned == [len(digests)] * 2 == [40] * 2
     for tracker in (*trackers, other):
         tracker.close()
+
+
+def test_batches_are_full_or_half_full_and_do_not_wait_for_more():
+    taken = []
+
+    def windows(*sizes):
+        for size in sizes:
+            taken.append(size)
+            yield Window(0, None, np.zeros(size, np.uint64))
+
+    found = batches(windows(3, 3, 9, 10, 2, 2, 5, 8, 1), 10)
+    assert [window.address.size for window in next(found)] == [3, 3]
+    assert taken == [3, 3]
+    rest = [[window.address.size for window in batch] for batch in found]
+    assert rest == [[9], [10], [2, 2, 5], [8], [1]]
 
 
 class Vanishing(CpuHasher):
@@ -82,10 +97,10 @@ class Vanishing(CpuHasher):
 
 
 def vanished(trackers, gone):
-    with Lookout([tracker.map for tracker in trackers], 1000) as lookout:
+    with Lookout(trackers, 1000) as lookout:
         hasher = Vanishing(3, 1)
         hasher.gone = gone
-        found = survey(trackers, lookout, hasher, 1000, NoProgress(), 0)
+        found = survey(lookout, hasher, 1000, NoProgress(), lambda: 0)
         hasher.close()
     for tracker in trackers:
         tracker.close()
@@ -116,10 +131,10 @@ def test_a_target_that_has_gone_has_no_windows(area):
     start, _ = area
     child = subprocess.Popen(["sleep", "60"])
     vma = next(vma for vma in procfs.maps(child.pid) if vma.path == "[stack]")
-    gone = PageMap(child.pid, [(vma.start, vma.end)])
+    gone = Tracker(child.pid, [(vma.start, vma.end)], passive=True)
     child.kill()
     child.wait()
-    mine = PageMap(os.getpid(), [(start, start + PAGES * PAGE_BYTES)])
+    mine = Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)
     with Lookout([gone, mine], 1000) as lookout:
         assert [window.target for window in lookout.windows()] == [1]
     gone.close()
@@ -128,8 +143,8 @@ def test_a_target_that_has_gone_has_no_windows(area):
 
 def test_what_is_wrong_reaches_the_reader_and_no_thread_is_left(area, monkeypatch):
     start, _ = area
-    mine = PageMap(os.getpid(), [(start, start + PAGES * PAGE_BYTES)])
-    monkeypatch.setattr(mine, "exclusive_in", lambda low, high: 1 // 0)
+    mine = Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)
+    monkeypatch.setattr(mine.map, "exclusive_in", lambda low, high: 1 // 0)
     with pytest.raises(ZeroDivisionError), Lookout([mine], 8) as lookout:
         list(lookout.windows())
     assert not [each for each in threading.enumerate() if each.name == "gpuksm-lookout"]
@@ -138,7 +153,7 @@ def test_what_is_wrong_reaches_the_reader_and_no_thread_is_left(area, monkeypatc
 
 def test_a_reader_that_gives_up_ends_the_thread_that_waits_for_it(area):
     start, _ = area
-    mine = PageMap(os.getpid(), [(start, start + PAGES * PAGE_BYTES)])
+    mine = Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)
 
     def give_up():
         with Lookout([mine], 1):
@@ -153,10 +168,10 @@ def test_a_reader_that_gives_up_ends_the_thread_that_waits_for_it(area):
 
 def test_it_looks_ahead_by_no_more_than_two_windows(area):
     start, _ = area
-    mine = PageMap(os.getpid(), [(start, start + PAGES * PAGE_BYTES)])
+    mine = Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)
     looked = []
-    real = mine.exclusive_in
-    mine.exclusive_in = lambda low, high: (looked.append(1), real(low, high))[1]
+    real = mine.map.exclusive_in
+    mine.map.exclusive_in = lambda low, high: (looked.append(1), real(low, high))[1]
     with Lookout([mine], 4) as lookout:
         time.sleep(0.2)
         assert len(looked) <= 2
