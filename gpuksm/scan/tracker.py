@@ -252,10 +252,17 @@ class Tracker:
             return
         address = self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED))
         self.columns = carry_over(self.columns, address)
-        self.count_volatile()
+
+    def keep_calm(self, index: I64) -> None:
+        """Drop the digests of those pages of `index` that are not calm any more; TargetGone."""
+        calm = index if self._unarmed else self.still_calm(index)
+        if len(calm) < len(index):
+            self.columns.known[np.setdiff1d(index, calm, assume_unique=True)] = False
 
     def count_volatile(self) -> None:
         """Set `volatile`: pages written since they were armed last; TargetGone."""
+        if self._unarmed:
+            return
         written = pagemap.PAGE_IS_WRITTEN | PRESENT_MASK
         self.volatile = count_pages(*self.map.select(written, PRESENT_INVERTED))
 

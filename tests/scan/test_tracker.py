@@ -72,12 +72,28 @@ def test_calm_pages_are_present_armed_unwritten_and_anonymous(area):
     tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
     tracker.look()
     assert len(tracker.columns.address) == 0  # nothing is armed yet
+    tracker.count_volatile()
     assert tracker.volatile == 40
     area.arm()
     area.view[3] = 2
     tracker.look()
     assert area.number(tracker.columns.address) == [page for page in range(40) if page != 3]
+    tracker.count_volatile()
     assert tracker.volatile == 1
+    tracker.close()
+
+
+def test_what_was_written_after_it_was_read_has_no_digest(area):
+    area.view[:] = 1
+    area.arm()
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    tracker.look()
+    learn_all(tracker)
+    area.view[3] = area.view[40] = 2
+    tracker.keep_calm(np.arange(20))
+    assert tracker.wanted().tolist() == [3]
+    tracker.keep_calm(np.arange(64))
+    assert tracker.wanted().tolist() == [3, 40]
     tracker.close()
 
 
