@@ -41,7 +41,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rounds
-from bench.contestants import ROOT, Gpuksm, Row, run_json
+from bench.contestants import ROOT, Gpuksm, Row, bytecode_kept, run_json
 from bench.plot import Line, Panel, svg
 from bench.versus_ksm import machine, signals_end
 from bench.workload import READERS, Processes, Workload, build
@@ -173,6 +173,7 @@ def measure_estimate(program: Path, chosen: Workload, repeats: int, note: Note) 
     rows: list[Row] = []
     with new_folder() as folder, Processes(program, chosen) as processes:
         os.environ["GPUKSM_RUNTIME_DIR"] = str(folder)  # no guard is started; none that runs is asked
+        estimate(processes)  # not counted: it compiles modules
         for repeat in range(repeats):
             row: Row = {}
             # Turns: neither is always the one that comes first.
@@ -351,7 +352,11 @@ def main() -> int:
         print(text, file=sys.stderr, flush=True)
 
     result: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats}
-    with signals_end(), tempfile.TemporaryDirectory(prefix="gpuksm-scaling-") as folder:
+    with (
+        signals_end(),
+        bytecode_kept(),
+        tempfile.TemporaryDirectory(prefix="gpuksm-scaling-") as folder,
+    ):
         program = build(Path(folder))
         build(Path(folder), READERS)
         note("a first scan, not counted, compiles what is compiled on first use")
