@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
 COLUMN_KERNELS = "gpuksm.scan._column_kernels"  # for `gpuksm.hashing.compiled.library`
+MARKS = 1 << 16  # of digests that are looked for: one for each value of their lowest bits
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
@@ -98,6 +99,14 @@ def inside(pages: U64, starts: U64, ends: U64) -> NDArray[np.bool_]:
     at = np.searchsorted(starts, pages, "right") - 1
     found = at >= 0
     found[found] = pages[found] < ends[at[found]]
+    return found
+
+
+def among(table: U64, values: U64) -> NDArray[np.bool_]:
+    """For each of `values` whether it is in `table`, which is sorted."""
+    at = np.searchsorted(table, values)
+    found = at < len(table)
+    found[found] = table[at[found]] == values[found]
     return found
 
 

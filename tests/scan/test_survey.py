@@ -16,9 +16,10 @@ from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, procfs, vm
 from gpuksm.scan.columns import PAGE_BYTES
+from gpuksm.scan.page_map import PageMap
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.survey import Lookout, Window, batches, survey
-from gpuksm.scan.tracker import PageMap, Tracker, gather
+from gpuksm.scan.tracker import Tracker, gather
 from gpuksm.scan.types import NoProgress
 
 PAGES = 64
