@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,23 @@ from gpuksm.linux import procfs
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 150.0  # for one merging
 Row = dict[str, float]
+
+
+@contextlib.contextmanager
+def bytecode_kept() -> Iterator[None]:
+    """Have all that is started keep compiled modules, as an installation does, wherever this one runs.
+
+    Otherwise each command compiles all of gpuksm anew where PYTHONDONTWRITEBYTECODE is set.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="gpuksm-bytecode-", ignore_cleanup_errors=True) as folder:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("PYTHONPYCACHEPREFIX")
+            os.environ.update(before)
 
 
 def run_json(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ _NAP = 0.05
 Row = dict[str, float]
 
 
-def measure(program: Path, workload: Workload, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """One object for each of PERCENTAGES; the processes check all their bytes at the end."""
+def measure(
+    program: Path,
+    workload: Workload,
+    folder: Path,
+    repeats: int,
+    percentages: Sequence[int] = PERCENTAGES,
+) -> list[dict[str, Any]]:
+    """One object for each of `percentages`; the processes check all their bytes at the end."""
     with Processes(program, workload) as processes:
         owner = Gpuksm(processes, workload, folder)
         try:
@@ -40,7 +47,7 @@ def measure(program: Path, workload: Workload, folder: Path, repeats: int) -> li
                 session = Session(client, ScanOptions(backend="cpu"), NoProgress())
                 try:
                     session.open()
-                    rows = _measured(session, processes, repeats)
+                    rows = _measured(session, processes, repeats, percentages)
                 finally:
                     session.close()
             processes.ask("check")
@@ -50,15 +57,17 @@ def measure(program: Path, workload: Workload, folder: Path, repeats: int) -> li
     return [{"bytes": workload.bytes, **row} for row in rows]
 
 
-def _measured(session: Session, processes: Processes, repeats: int) -> list[dict[str, Any]]:
+def _measured(
+    session: Session, processes: Processes, repeats: int, percentages: Sequence[int]
+) -> list[dict[str, Any]]:
     """Settle, then write and look in turns."""
     session.follow([TargetRequest(pid) for pid in processes.pids])
     if len(session.followers) != len(processes.pids):
         raise SystemExit("the guard did not attach to every process")
     _settle(session)
-    rows: dict[int, list[Row]] = {percent: [] for percent in PERCENTAGES}
+    rows: dict[int, list[Row]] = {percent: [] for percent in percentages}
     for _ in range(repeats):
-        for percent in PERCENTAGES:
+        for percent in percentages:
             rows[percent].append(_written_and_read(session, processes, percent))
     return [_summary(percent, found) for percent, found in rows.items()]
 

@@ -1,7 +1,7 @@
 """How gpuksm's costs grow with memory: rounds, scans, and reading for an estimate.
 
-    python bench/scaling.py [--only rounds scan estimate] [--gib 1,2,4,8] [--repeats 5]
-                            [--json FILE] [--plot FILE.svg]
+    python bench/scaling.py [--only rounds scan estimate] [--gib 1,2,4,8] [--percent 0,1,10]
+                            [--repeats 5] [--json FILE] [--plot FILE.svg]
 
 Four processes (bench/workloads/pages.c), 35 % of each equal in all of them and in the same
 order, the rest its own; GiB are of all of them together.  Every figure is a median; all
@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rounds
-from bench.contestants import ROOT, Gpuksm, Row, run_json
+from bench.contestants import ROOT, Gpuksm, Row, bytecode_kept, run_json
 from bench.plot import Line, Panel, svg
 from bench.versus_ksm import machine, signals_end
 from bench.workload import READERS, Processes, Workload, build
@@ -81,10 +81,12 @@ def medians(rows: list[Row]) -> dict[str, float]:
     return {name: statistics.median(row[name] for row in rows) for name in rows[0] if name in names}
 
 
-def measure_rounds(program: Path, chosen: Workload, repeats: int, note: Note) -> list[dict[str, Any]]:
+def measure_rounds(
+    program: Path, chosen: Workload, repeats: int, note: Note, percentages: Sequence[int]
+) -> list[dict[str, Any]]:
     """See bench/rounds.py."""
     with new_folder() as folder:
-        found = rounds.measure(program, chosen, folder, repeats)
+        found = rounds.measure(program, chosen, folder, repeats, percentages)
     for row in found:
         milliseconds = 1000 * row["cpu"]
         note(f"rounds, {gib(row):.3g} GiB, {row['percent']} % written: {milliseconds:.1f} ms of CPU time")
@@ -173,6 +175,7 @@ def measure_estimate(program: Path, chosen: Workload, repeats: int, note: Note) 
     rows: list[Row] = []
     with new_folder() as folder, Processes(program, chosen) as processes:
         os.environ["GPUKSM_RUNTIME_DIR"] = str(folder)  # no guard is started; none that runs is asked
+        estimate(processes)  # not counted: it compiles modules
         for repeat in range(repeats):
             row: Row = {}
             # Turns: neither is always the one that comes first.
@@ -198,7 +201,6 @@ def measure_estimate(program: Path, chosen: Workload, repeats: int, note: Note) 
 
 
 MEASURES: dict[str, Callable[[Path, Workload, int, Note], list[dict[str, Any]]]] = {
-    "rounds": measure_rounds,
     "scan": measure_scan,
     "estimate": measure_estimate,
 }
@@ -285,7 +287,7 @@ def panels(result: dict[str, Any]) -> list[Panel]:
                 f"{percent} % written",
                 [(gib(row), 1000 * row["cpu"]) for row in rows if row["percent"] == percent],
             )
-            for percent in rounds.PERCENTAGES
+            for percent in dict.fromkeys(row["percent"] for row in rows)
         ]
         found.append(Panel("Rounds of a settled session", "GiB registered", "CPU ms, two rounds", drawn))
     if rows := result.get("scan"):
@@ -305,6 +307,14 @@ def sizes(text: str) -> tuple[float, ...]:
     return values
 
 
+def percentages(text: str) -> tuple[int, ...]:
+    """`0,1,10` as numbers; more than a process's own pages cannot be written."""
+    values = tuple(int(word) for word in text.split(","))
+    if not all(0 <= value <= 100 * (1 - EQUAL) - 1 for value in values):
+        raise ValueError(text)
+    return values
+
+
 def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -312,6 +322,9 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="these parts")
     parser.add_argument("--gib", type=sizes, metavar="N,N", help="GiB of all processes together")
+    parser.add_argument(
+        "--percent", type=percentages, default=rounds.PERCENTAGES, metavar="N,N", help="of pages written"
+    )
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured to FILE")
@@ -351,7 +364,11 @@ def main() -> int:
         print(text, file=sys.stderr, flush=True)
 
     result: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats}
-    with signals_end(), tempfile.TemporaryDirectory(prefix="gpuksm-scaling-") as folder:
+    with (
+        signals_end(),
+        bytecode_kept(),
+        tempfile.TemporaryDirectory(prefix="gpuksm-scaling-") as folder,
+    ):
         program = build(Path(folder))
         build(Path(folder), READERS)
         note("a first scan, not counted, compiles what is compiled on first use")
@@ -359,7 +376,10 @@ def main() -> int:
         for part in parts:
             result[part] = []
             for size in chosen[part]:
-                result[part] += MEASURES[part](program, size, arguments.repeats, note)
+                if part == "rounds":
+                    result[part] += measure_rounds(program, size, arguments.repeats, note, arguments.percent)
+                else:
+                    result[part] += MEASURES[part](program, size, arguments.repeats, note)
     result["machine"]["load_after"] = os.getloadavg()[0]
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -38,7 +38,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import kernel_ksm
-from bench.contestants import Gpuksm, Kernel, Row
+from bench.contestants import Gpuksm, Kernel, Row, bytecode_kept
 from bench.kernel_ksm import FullSpeed
 from bench.workload import Processes, Workload, build
 
@@ -271,7 +271,7 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return UNABLE
     result: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats}
-    with signals_end():
+    with signals_end(), bytecode_kept():
         result["workloads"] = compare(
             arguments, chosen, lambda text: print(text, file=sys.stderr, flush=True)
         )

@@ -159,15 +159,17 @@ def _compare(store: Store, tid: int, group: list[Piece], base: int | None) -> It
         at = 0
         for part in _in_line(readable):
             pages = sum(piece.pages for piece in part)
-            there = at if base is None else (part[0].slot or 0) - base
-            if equal(_A.address + at * PAGE_SIZE, _B.address + there * PAGE_SIZE, pages * PAGE_SIZE):
-                yield from part
+            if part[0].slot is None:
+                other = _ZEROS.address
             else:
-                for piece in part:
-                    yield from _equal_parts(piece, at, there)
-                    at, there = at + piece.pages, there + piece.pages
+                other = _B.address + (at if base is None else part[0].slot - base) * PAGE_SIZE
+            if equal(_A.address + at * PAGE_SIZE, other, pages * PAGE_SIZE):
+                yield from part
+                at += pages
                 continue
-            at += pages
+            for piece in part:
+                yield from _equal_parts(piece, _A.address + at * PAGE_SIZE, other)
+                at, other = at + piece.pages, other + piece.pages * PAGE_SIZE
         # What could not be read is dropped with its page; the rest is tried again.
         group = rest
 
@@ -222,9 +224,7 @@ def _read_slots(store: Store, pieces: list[Piece]) -> None:
         piece = pieces[index]
         count = piece.pages
         index += 1
-        if piece.slot is None:
-            _B.view[at * PAGE_SIZE : (at + count) * PAGE_SIZE] = _ZEROS.view[: count * PAGE_SIZE]
-        else:
+        if piece.slot is not None:
             while index < len(pieces) and pieces[index].slot == piece.slot + count:
                 count += pieces[index].pages
                 index += 1
@@ -232,12 +232,12 @@ def _read_slots(store: Store, pieces: list[Piece]) -> None:
         at += count
 
 
-def _equal_parts(piece: Piece, at: int, there: int) -> Iterator[Piece]:
-    """Runs of equal pages of `piece`: its bytes begin at page `at` of one buffer, `there` of the other."""
+def _equal_parts(piece: Piece, mine: int, other: int) -> Iterator[Piece]:
+    """Runs of equal pages of `piece`, whose bytes are at `mine` and what they should be at `other`."""
     done = 0
     while done < piece.pages:
-        mine, other = (at + done) * PAGE_SIZE, (there + done) * PAGE_SIZE
-        same = first_difference(_A.address + mine, _B.address + other, piece.pages - done)
+        behind = done * PAGE_SIZE
+        same = first_difference(mine + behind, other + behind, piece.pages - done)
         if same:
             slot = None if piece.slot is None else piece.slot + done
             yield Piece(piece.record, piece.addr + done * PAGE_SIZE, same, slot)

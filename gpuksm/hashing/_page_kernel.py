@@ -22,7 +22,14 @@ from numba.extending import intrinsic
 
 from gpuksm.hashing import xxh3
 from gpuksm.hashing._jit import kernel
-from gpuksm.hashing.protocol import KIND_CONSTANT, KIND_NORMAL, KIND_UNREADABLE, KIND_ZERO, PAGE_BYTES
+from gpuksm.hashing.protocol import (
+    KIND_CONSTANT,
+    KIND_NORMAL,
+    KIND_UNREADABLE,
+    KIND_ZERO,
+    MAX_SEGMENTS,
+    PAGE_BYTES,
+)
 
 _LANES = 8
 _STRIPES = 16  # per block: (192-byte secret - 64) / 8
@@ -198,3 +205,111 @@ def hash_pages(words: Any, ok: Any, keys: Any, digests: Any, kinds: Any) -> None
             kinds[page] = KIND_NORMAL
         else:
             kinds[page] = KIND_ZERO if words[first] == 0 else KIND_CONSTANT
+
+
+def _call_readv(_typing: Any, function: Any, pid: Any, local: Any, remote: Any, segments: Any) -> Any:
+    """process_vm_readv, which lies at `function`: one segment at `local`, `segments` of them at `remote`."""
+    signature = types.int64(function, pid, local, remote, segments)
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        at, pid, local, remote, segments = arguments
+        kind = ir.FunctionType(_I64, [_I32, _I64, _I64, _I64, _I64, _I64])
+        call = builder.inttoptr(at, kind.as_pointer())
+        return builder.call(call, [builder.trunc(pid, _I32), local, _word(1), remote, segments, _word(0)])
+
+    return signature, generate
+
+
+def _claim_one(_typing: Any, counter: Any) -> Any:
+    """counter[0]++ for several threads; its value before."""
+    signature = types.int64(counter)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", place, _word(1), "monotonic")
+
+    return signature, generate
+
+
+_readv: Any = intrinsic(_call_readv)
+_claim: Any = intrinsic(_claim_one)
+
+
+@kernel(
+    types.int64(
+        types.uint64,
+        types.Array(types.int64, 1, "C", readonly=True),
+        _READ_ONLY_WORDS,
+        types.Array(types.int64, 1, "C", readonly=True),
+        types.int64,
+        types.int64[::1],
+        types.uint64,
+        types.uint64[::1],
+        types.boolean[::1],
+        types.uint64,
+        types.uint64[::1],
+        _READ_ONLY_WORDS,
+        types.uint64[::1],
+        types.uint8[::1],
+        types.int64[::1],
+    )
+)
+def read_and_hash(
+    readv: Any,
+    firsts: Any,
+    addresses: Any,
+    pids: Any,
+    chunk_pages: Any,
+    claims: Any,
+    staging_at: Any,
+    staging: Any,
+    ok: Any,
+    segments_at: Any,
+    segments: Any,
+    keys: Any,
+    digests: Any,
+    kinds: Any,
+    failed: Any,
+) -> Any:
+    """Read chunks of pages of other processes and hash them, until none is left to claim.
+
+    Stretch i is pages firsts[i] .. firsts[i + 1] - 1, at addresses[i] of process pids[i].  Every
+    thread has a `staging` of its own, `segments` (2 + 2 * MAX_SEGMENTS) and `failed`, which takes
+    the numbers of the chunks that could not be read whole; returns how many.  `readv` is the
+    address of process_vm_readv: calling it from here spares the interpreter for every chunk.
+    """
+    missing = 0
+    while True:
+        chunk = _claim(claims)
+        first = chunk * chunk_pages
+        if first >= digests.size:
+            return missing
+        end = min(first + chunk_pages, digests.size)
+        at, above = 0, pids.size
+        while above - at > 1:
+            middle = (at + above) // 2
+            if firsts[middle] <= first:
+                at = middle
+            else:
+                above = middle
+        page = first
+        whole = True
+        while whole and page < end:
+            begin, pid, count = page, pids[at], 0
+            while page < end and count < MAX_SEGMENTS and pids[at] == pid:
+                pages = min(firsts[at + 1], end) - page
+                segments[2 + 2 * count] = addresses[at] + np.uint64((page - firsts[at]) * PAGE_BYTES)
+                segments[3 + 2 * count] = np.uint64(pages * PAGE_BYTES)
+                count += 1
+                page += pages
+                if page < end and page == firsts[at + 1]:
+                    at += 1
+            segments[0] = staging_at + np.uint64((begin - first) * PAGE_BYTES)
+            segments[1] = np.uint64((page - begin) * PAGE_BYTES)
+            got = _readv(readv, pid, segments_at, segments_at + np.uint64(16), np.uint64(count))
+            whole = got == (page - begin) * PAGE_BYTES
+        if whole:
+            hash_pages(staging, ok, keys, digests[first:end], kinds[first:end])
+        else:
+            failed[missing] = chunk
+            missing += 1

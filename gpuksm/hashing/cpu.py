@@ -12,17 +12,19 @@ from gpuksm.errors import BackendUnavailable
 from gpuksm.hashing import selftest, xxh3
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.crew import Crew, usable_cpus
-from gpuksm.hashing.protocol import PAGE_BYTES, PageSource
+from gpuksm.hashing.protocol import MAX_SEGMENTS, PAGE_BYTES, PageSource, RemoteSource
 from gpuksm.hashing.sort import radix_sort
+from gpuksm.linux import vm
 
 if sys.byteorder != "little":
     raise BackendUnavailable("the cpu backend needs a little-endian machine")
 
-hash_pages = library("gpuksm.hashing._page_kernel").hash_pages
+_KERNELS = library("gpuksm.hashing._page_kernel")
+hash_pages = _KERNELS.hash_pages
 
 # Large enough that the cost of a read call is spread out, small enough that
 # the chunk is still in the reader's L2 cache when it is hashed.
-CHUNK_PAGES = 256
+CHUNK_PAGES = 128
 
 
 def digest_pages(pages: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
@@ -44,6 +46,8 @@ class _Staging:
         self.octets = room[start : start + pages * PAGE_BYTES]
         self.words = self.octets.view(np.uint64)
         self.ok = np.empty(pages, np.bool_)
+        self.all_ok = np.ones(pages, np.bool_)
+        self.segments = np.empty(2 + 2 * MAX_SEGMENTS, np.uint64)
 
 
 class CpuHasher:
@@ -81,8 +85,42 @@ class CpuHasher:
             source.read(first, end - first, staging.octets, staging.ok)
             hash_pages(staging.words, staging.ok, self._keys, digests[first:end], kinds[first:end])
 
+        chunks = -(-pages // self.chunk_pages)
         with self._busy:
-            self._crew.run(chunk, -(-pages // self.chunk_pages), self._workers)
+            if isinstance(source, RemoteSource):
+                left = self._read_and_hash(source, digests[:pages], kinds[:pages], chunks)
+                self._crew.run(lambda worker, item: chunk(worker, left[item]), len(left), self._workers)
+            else:
+                self._crew.run(chunk, chunks, self._workers)
+
+    def _read_and_hash(
+        self, source: RemoteSource, digests: NDArray[np.uint64], kinds: NDArray[np.uint8], chunks: int
+    ) -> list[int]:
+        """Do the chunks of `source` that can be read whole; the numbers of the others."""
+        stretches, claims = source.stretches, np.zeros(1, np.int64)
+        left: list[int] = []
+
+        def labour(worker: int, _item: int) -> None:
+            staging, failed = self._staging[worker], np.empty(chunks, np.int64)
+            count = _KERNELS.read_and_hash(
+                vm.READV_ADDRESS,
+                *stretches,
+                self.chunk_pages,
+                claims,
+                staging.octets.ctypes.data,
+                staging.words,
+                staging.all_ok,
+                staging.segments.ctypes.data,
+                staging.segments,
+                self._keys,
+                digests,
+                kinds,
+                failed,
+            )
+            left.extend(failed[:count].tolist())
+
+        self._crew.run(labour, min(chunks, self._workers), self._workers)
+        return left
 
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """See `Hasher.sort`."""

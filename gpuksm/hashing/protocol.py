@@ -6,13 +6,14 @@ XXH3_64bits_withSeed (docs/hash_spec.md), the same on every backend.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
+MAX_SEGMENTS = 1024  # of one process_vm_readv, include/uapi/linux/uio.h
 
 KIND_NORMAL = 0
 KIND_ZERO = 1
@@ -33,6 +34,28 @@ class PageSource(Protocol):
         Fills out[: count * 4096] and sets every ok[:count]; a page that cannot
         be read gets ok False, and its bytes of `out` are undefined.
         """
+
+
+class Stretches(NamedTuple):
+    """Where pages lie: pages first[i] to first[i + 1] - 1 at address[i] of process pid[i].
+
+    first i8 (one more than there are stretches, the last is the number of pages); address u8; pid i8.
+    """
+
+    first: NDArray[np.int64]
+    address: NDArray[np.uint64]
+    pid: NDArray[np.int64]
+
+
+@runtime_checkable
+class RemoteSource(PageSource, Protocol):
+    """Pages of other processes that a backend may read by itself, where `stretches` says.
+
+    What it cannot read whole it asks `read` for.
+    """
+
+    @property
+    def stretches(self) -> Stretches: ...
 
 
 class Hasher(Protocol):

@@ -28,7 +28,7 @@ SMALL_PAIRS = 65536
 # Counters that sorting one bucket takes: a part's, and behind them eight passes' of 256.
 PART_BITS, LSD_BITS = 11, 8
 SCRATCH_COUNTS = (1 << PART_BITS) + 64 // LSD_BITS * (1 << LSD_BITS)
-_KERNELS = "gpuksm.hashing._sort_kernels"
+KERNELS = "gpuksm.hashing._sort_kernels"
 
 
 def radix_sort(
@@ -39,7 +39,7 @@ def radix_sort(
     `threads` 0 means one for each CPU this process may use.  Raises ValueError
     for 2^32 digests or more.
     """
-    kernels = library(_KERNELS)
+    kernels = library(KERNELS)
 
     keys = np.ascontiguousarray(digests, np.uint64)
     count = len(keys)
@@ -65,7 +65,7 @@ def radix_sort(
 def _sort_in_buckets(
     keys: NDArray[np.uint64], bits: int, crew: Crew
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-    kernels = library(_KERNELS)
+    kernels = library(KERNELS)
 
     count, slices = len(keys), crew.threads
     bucket_bits = min(bits, MAX_BUCKET_BITS, max(1, (count // BUCKET_PAIRS).bit_length()))
@@ -115,7 +115,7 @@ def _sort_in_buckets(
 
 def group_bounds(sorted_digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(starts int64, lengths int64) of every run of two or more equal digests, in order."""
-    kernels = library(_KERNELS)
+    kernels = library(KERNELS)
 
     keys = np.ascontiguousarray(sorted_digests, np.uint64)
     starts, lengths = np.empty(len(keys) // 2, np.int64), np.empty(len(keys) // 2, np.int64)
@@ -125,7 +125,7 @@ def group_bounds(sorted_digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64],
 
 def match_sorted(sorted_keys: NDArray[np.uint64], sorted_table: NDArray[np.uint64]) -> NDArray[np.int64]:
     """For each key the index of the first equal entry of the table, or -1; both sorted ascending."""
-    kernels = library(_KERNELS)
+    kernels = library(KERNELS)
 
     found = np.empty(len(sorted_keys), np.int64)
     kernels.merge_join(

@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 
 from gpuksm.linux._libc import PAGE_SIZE, unsupported
 from gpuksm.linux.procfs import errors_of
@@ -42,7 +43,8 @@ ENTRY_BYTES = 8
 REGION = struct.Struct("=3Q")  # struct page_region: start, end, categories
 _ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg
 _PAGEMAP_SCAN = 0xC0606610
-_WALK_END_OFFSET = 32
+_START_OFFSET, _WALK_END_OFFSET, _VECTOR_OFFSET = 16, 32, 40
+_SPAN = struct.Struct("=2Q")
 _REGIONS_PER_CALL = 4096
 
 
@@ -97,6 +99,30 @@ def scan_into(
         last = buffer_address + (count - 1) * REGION.size
         walk_end = max(walk_end, ctypes.c_uint64.from_address(last + 8).value)
     return count, walk_end
+
+
+def scan_spans(
+    fd: int,
+    spans: Sequence[tuple[int, int]],
+    buffer_address: int,
+    capacity: int,
+    *,
+    inverted: int = 0,
+    mask: int = 0,
+) -> int:
+    """One PAGEMAP_SCAN call for each (start, end) of `spans`; how many page_regions are in the buffer then.
+
+    It must have room for one for each page.  Errors as `scan_into`.
+    """
+    argument = bytearray(
+        _ARGUMENT.pack(_ARGUMENT.size, 0, 0, 0, 0, 0, 0, 0, inverted, mask, 0, PAGE_IS_PRESENT)
+    )
+    count = 0
+    for start, end in spans:
+        _SPAN.pack_into(argument, _START_OFFSET, start, end)
+        _SPAN.pack_into(argument, _VECTOR_OFFSET, buffer_address + count * REGION.size, capacity - count)
+        count += fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
+    return count
 
 
 def scan(

@@ -44,6 +44,9 @@ _pread = function(
     "pread", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_longlong
 )
 
+# Address of process_vm_readv, for machine code that calls it without the interpreter; -1 on failure.
+READV_ADDRESS: int = ctypes.cast(_process_vm_readv, ctypes.c_void_p).value or 0
+
 Segment = tuple[int, int]  # address, bytes
 Writable = bytearray | memoryview | mmap.mmap
 

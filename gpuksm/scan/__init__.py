@@ -8,6 +8,7 @@ imported, so that a command line that only checks its options starts at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ from gpuksm.scan.types import (
     TargetReport,
     TargetRequest,
 )
+
+# numpy's linear algebra is not used, but starts a thread for each CPU when it is loaded, which
+# spins for a while: up to 40 ms of CPU time in each scan.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient

@@ -11,16 +11,18 @@ import numpy as np
 from numba import types
 
 from gpuksm.hashing._jit import kernel
+from gpuksm.scan.columns import MARKS
 
 _PAGE_SHIFT = np.uint64(12)
 _READ_ONLY_U64 = types.Array(types.uint64, 1, "C", readonly=True)
+_READ_ONLY_I64 = types.Array(types.int64, 1, "C", readonly=True)
 _READ_ONLY_U32 = types.Array(types.uint32, 1, "C", readonly=True)
 
 
 @kernel(
     types.int64(
         _READ_ONLY_U64,
-        types.uint64,
+        _READ_ONLY_I64,
         _READ_ONLY_U64,
         _READ_ONLY_U64,
         types.uint64,
@@ -30,17 +32,41 @@ _READ_ONLY_U32 = types.Array(types.uint32, 1, "C", readonly=True)
     )
 )
 def pick_entries(
-    entries: Any, base: Any, low: Any, high: Any, mask: Any, wanted: Any, out: Any, count: Any
+    entries: Any, shifts: Any, low: Any, high: Any, mask: Any, wanted: Any, out: Any, count: Any
 ) -> Any:
     """Append to out[count:] the address of each page in [low, high) whose entry & mask is `wanted`.
 
-    entries[0] is that of page number `base`.  Returns the new count.
+    The entry of page number n of stretch i is entries[n - shifts[i]].  Returns the new count.
     """
     for part in range(low.size):
+        shift = np.uint64(shifts[part])
         for page in range(low[part] >> _PAGE_SHIFT, high[part] >> _PAGE_SHIFT):
-            if entries[page - base] & mask == wanted:
+            if entries[page - shift] & mask == wanted:
                 out[count] = page << _PAGE_SHIFT
                 count += 1
+    return count
+
+
+@kernel(types.int64(_READ_ONLY_U64, types.boolean[::1], types.uint64, _READ_ONLY_U64, types.uint8[::1]))
+def count_equal(digest: Any, known: Any, key: Any, wanted: Any, marks: Any) -> Any:
+    """How many of the digests that are `known` are, changed by `key`, in `wanted`, which is sorted.
+
+    `marks` is 1 at the lowest bits of each that is wanted: most digests need no more than a look there.
+    """
+    count = 0
+    mask = np.uint64(MARKS - 1)
+    for at in range(digest.size):
+        mine = digest[at] ^ key
+        if not marks[mine & mask] or not known[at]:
+            continue
+        low, high = 0, wanted.size
+        while low < high:
+            middle = (low + high) // 2
+            if wanted[middle] < mine:
+                low = middle + 1
+            else:
+                high = middle
+        count += low < wanted.size and wanted[low] == mine
     return count
 
 

@@ -46,8 +46,8 @@ def digest(
 ) -> dict[int, int]:
     """Hash the pages `wanted` (indices into a tracker's columns); {pid: pages read}.
 
-    Each batch looks again, just before it is read, which of its pages are still
-    calm: a page that was freed or swapped out since must not be touched.
+    Each batch looks again, just before it is read, which of its pages are still calm, unless that
+    was a moment ago: a page that was freed or swapped out since must not be touched.
     """
     total = sum(len(index) for _, index in wanted)
     scanned = dict.fromkeys((tracker.pid for tracker, _ in wanted), 0)
@@ -74,6 +74,6 @@ def digest(
 
 def _still_calm(tracker: Tracker, index: I64) -> I64:
     try:
-        return tracker.still_calm(index)
+        return index if tracker.was_just_looked_up() else tracker.still_calm(index)
     except TargetGone:
         return index[:0]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
 COLUMN_KERNELS = "gpuksm.scan._column_kernels"  # for `gpuksm.hashing.compiled.library`
+MARKS = 1 << 16  # of digests that are looked for: one for each value of their lowest bits
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
@@ -52,6 +53,23 @@ def windows(starts: U64, ends: U64, gap: int, size: int) -> Iterator[tuple[int, 
     yield from itertools.pairwise([*firsts.tolist(), len(starts)])
 
 
+def windows_of(starts: U64, ends: U64, pages: int) -> Iterator[tuple[U64, U64]]:
+    """The same stretches in groups of `pages` pages, cut where a group ends; the last may be smaller."""
+    counts = ((ends - starts) // PAGE_BYTES).astype(np.int64)
+    first = np.cumsum(counts) - counts
+    group = first // pages
+    pieces = (first + counts - 1) // pages - group + 1
+    number = np.repeat(group, pieces) + ranges_within(pieces)
+    origin = np.repeat(starts, pieces) - np.repeat(first, pieces).astype(np.uint64) * np.uint64(PAGE_BYTES)
+    begin = np.maximum(np.repeat(first, pieces), number * pages)
+    end = np.minimum(np.repeat(first + counts, pieces), (number + 1) * pages)
+    low = origin + begin.astype(np.uint64) * np.uint64(PAGE_BYTES)
+    high = origin + end.astype(np.uint64) * np.uint64(PAGE_BYTES)
+    cuts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+    for at, stop in itertools.pairwise([*cuts, len(number)]):
+        yield low[at:stop], high[at:stop]
+
+
 def count_pages(starts: U64, ends: U64) -> int:
     """Pages in the stretches [starts, ends)."""
     return int((ends - starts).sum()) // PAGE_BYTES
@@ -81,6 +99,14 @@ def inside(pages: U64, starts: U64, ends: U64) -> NDArray[np.bool_]:
     at = np.searchsorted(starts, pages, "right") - 1
     found = at >= 0
     found[found] = pages[found] < ends[at[found]]
+    return found
+
+
+def among(table: U64, values: U64) -> NDArray[np.bool_]:
+    """For each of `values` whether it is in `table`, which is sorted."""
+    at = np.searchsorted(table, values)
+    found = at < len(table)
+    found[found] = table[at[found]] == values[found]
     return found
 
 

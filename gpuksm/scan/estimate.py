@@ -10,7 +10,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +19,17 @@ import numpy as np
 from gpuksm import eligibility
 from gpuksm.errors import GpuksmError, NotPermitted, TargetGone
 from gpuksm.hashing import select
+from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import Hasher
+from gpuksm.hashing.sort import KERNELS as SORT_KERNELS
 from gpuksm.linux import procfs
-from gpuksm.scan.batches import digest_wanted
-from gpuksm.scan.columns import I64, PAGE_BYTES
+from gpuksm.scan.columns import COLUMN_KERNELS, I64, PAGE_BYTES
 from gpuksm.scan.planner import Plan, make_plan
+from gpuksm.scan.runs import KERNELS as LAYOUT_KERNELS
 from gpuksm.scan.runs import VMA_PAGES
 from gpuksm.scan.same_layout import same_layout_pages
-from gpuksm.scan.tracker import Tracker, gather
+from gpuksm.scan.survey import Lookout, survey
+from gpuksm.scan.tracker import Tracker
 from gpuksm.scan.trees import no_stable_tree
 from gpuksm.scan.types import EstimateResult, EstimateTarget, Progress, ScanOptions, TargetRequest
 
@@ -38,8 +42,13 @@ class _Subject:
     name: str
     tracker: Tracker | None
     skipped: dict[str, int]
-    error: str | None
+    reason: GpuksmError | None
     budget: int = 0
+    resident: int = 0
+
+    @property
+    def error(self) -> str | None:
+        return f"{type(self.reason).__name__}: {self.reason}" if self.reason else None
 
 
 def run(
@@ -47,68 +56,82 @@ def run(
 ) -> EstimateResult:
     """See `gpuksm.scan.run_estimate`."""
     began, cpu_began = time.monotonic(), time.process_time()
-    hasher, why = select.create(
-        options.backend, secrets.randbits(64), options.threads, options.device, options.gpu_memory
-    )
     subjects: list[_Subject] = []
-    try:
-        subjects.extend(_open_all(targets, options, progress))
-        living = _look(subjects)
-        scanned = digest_wanted(living, hasher, options.batch_pages, progress)
-        progress.update("plan", 0, 0)
-        plan = _plan(living, subjects, hasher)
-        more = same_layout_pages(living, plan, hasher, options.batch_pages, progress) if same_layout else None
-        cpu = time.process_time() - cpu_began
-        return _result(subjects, scanned, plan, more, hasher, why, time.monotonic() - began, cpu)
-    finally:
-        for subject in subjects:
-            if subject.tracker is not None:
-                subject.tracker.close()
-        hasher.close()
+    with ThreadPoolExecutor(1) as pool:
+        # Loading the backend takes as long as looking the first targets up, which the lookout does meanwhile.
+        making = pool.submit(
+            select.create,
+            options.backend,
+            secrets.randbits(64),
+            options.threads,
+            options.device,
+            options.gpu_memory,
+        )
+        try:
+            opened = _opened(targets, options, progress, subjects)
+            with Lookout(opened, options.batch_pages) as lookout:
+                hasher, why = making.result()
+                pool.submit(_load_planner)
+                pages, scanned = survey(
+                    lookout,
+                    hasher,
+                    options.batch_pages,
+                    progress,
+                    lambda: sum(each.resident for each in subjects),
+                )
+            living = [subject.tracker for subject in subjects if subject.tracker is not None]
+            reasons = [subject.reason for subject in subjects if subject.reason is not None]
+            if reasons and len(reasons) == len(subjects):
+                raise reasons[0]
+            progress.update("plan", 0, 0)
+            plan = make_plan(pages, no_stable_tree(), _budgets(subjects), hasher.sort)
+            more = (
+                same_layout_pages(living, plan, hasher, options.batch_pages, progress)
+                if same_layout
+                else None
+            )
+            cpu = time.process_time() - cpu_began
+            return _result(subjects, scanned, plan, more, hasher, why, time.monotonic() - began, cpu)
+        finally:
+            for subject in subjects:
+                if subject.tracker is not None:
+                    subject.tracker.close()
+            if making.exception() is None:
+                making.result()[0].close()
 
 
-def _open_all(targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress) -> list[_Subject]:
-    """Look every target up; raises the first one's error when none can be read."""
-    subjects = []
-    errors: list[GpuksmError] = []
+def _load_planner() -> None:
+    """Load the machine code that planning needs, while memory is read."""
+    for kernels in (SORT_KERNELS, COLUMN_KERNELS, LAYOUT_KERNELS):
+        library(kernels)
+
+
+def _opened(
+    targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress, subjects: list[_Subject]
+) -> Iterator[Tracker]:
+    """Look one target up after the other and append it to `subjects`; those that can be read."""
     for number, target in enumerate(targets):
         progress.update("look", number, len(targets))
-        error = eligibility.process_reason(target.pid, named=target.named, allowed=options.allowed)
         subject = _Subject(target.pid, "", None, {}, None)
+        error = eligibility.process_reason(target.pid, named=target.named, allowed=options.allowed)
         try:
             subject.name = procfs.stat(target.pid).comm
             if error is None:
                 found, subject.skipped = eligibility.regions(target.pid, target.ranges, tracked=True)
                 subject.budget = procfs.max_map_count() // 2 - len(procfs.maps(target.pid))
+                subject.resident = procfs.resident_size(target.pid)
                 subject.tracker = Tracker(target.pid, found, passive=True)
         except (TargetGone, NotPermitted) as trouble:
             error = error or trouble
-        if error is not None:
-            errors.append(error)
-            subject.error = f"{type(error).__name__}: {error}"
+        subject.reason = error
         subjects.append(subject)
-    if errors and len(errors) == len(subjects):
-        raise errors[0]
-    return subjects
-
-
-def _look(subjects: list[_Subject]) -> list[Tracker]:
-    living = []
-    for subject in subjects:
         if subject.tracker is not None:
-            try:
-                subject.tracker.look()
-            except TargetGone:
-                subject.tracker.close()
-                subject.tracker = None
-                continue
-            living.append(subject.tracker)
-    return living
+            yield subject.tracker
 
 
-def _plan(living: list[Tracker], subjects: list[_Subject], hasher: Hasher) -> Plan:
-    budgets = [max(0, subject.budget) for subject in subjects if subject.tracker is not None]
-    return make_plan(gather(living), no_stable_tree(), np.array(budgets, np.int64), hasher.sort)
+def _budgets(subjects: list[_Subject]) -> I64:
+    """Mappings that each target that can be read may gain."""
+    return np.array([max(0, subject.budget) for subject in subjects if subject.tracker is not None], np.int64)
 
 
 def _per_target(plan: Plan, targets: int) -> tuple[I64, I64, I64]:
@@ -124,7 +147,7 @@ def _per_target(plan: Plan, targets: int) -> tuple[I64, I64, I64]:
 
 def _result(
     subjects: list[_Subject],
-    scanned: dict[int, int],
+    scanned: list[int],
     plan: Plan,
     more: int | None,
     hasher: Hasher,
@@ -148,7 +171,7 @@ def _result(
             EstimateTarget(
                 pid=subject.pid,
                 name=subject.name,
-                pages_scanned=scanned[subject.pid],
+                pages_scanned=scanned[at],
                 pages_mergeable=int(mapped[at]),
                 zero_pages=int(zeros[at]),
                 pages_unshared=int(plan.unshared[at]),

@@ -10,11 +10,11 @@ from gpuksm.scan.columns import I64
 from gpuksm.scan.runs import KERNELS, VMA_PAGES, Layout, Pages, Runs, ends_well, followed
 
 VMAS_PER_RUN = 2
+# Runs, and lots, slot, pages, filler, replica, skipped, as `Plan` has them.
+Decided = tuple[Runs, I64, I64, I64, I64, NDArray[np.bool_], list[dict[str, int]]]
 
 
-def decide(
-    pages: Pages, layout: Layout, runs: Runs, budgets: I64
-) -> tuple[Runs, I64, I64, I64, I64, NDArray[np.bool_], list[dict[str, int]]]:
+def decide(pages: Pages, layout: Layout, runs: Runs, budgets: I64) -> Decided:
     """Choose lots and runs within the budgets; see `Plan` for what comes out."""
     ends = np.flatnonzero(layout.last[layout.first_new :]) + layout.first_new
     begins = np.concatenate(([layout.first_new], ends[:-1] + 1)) if len(ends) else ends

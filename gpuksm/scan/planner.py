@@ -29,9 +29,9 @@ from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.hashing.sort import radix_sort
 from gpuksm.scan.columns import I64
 from gpuksm.scan.layout import lay_out
-from gpuksm.scan.lots import decide
+from gpuksm.scan.lots import Decided, decide
 from gpuksm.scan.runs import Pages, Runs, cut_long, stretches_in
-from gpuksm.scan.trees import Sort, StableTree, join
+from gpuksm.scan.trees import Contents, Sort, StableTree, join
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,36 @@ def make_plan(pages: Pages, stable: StableTree, budgets: I64, sort: Sort = radix
     else:
         contents = join(pages.digest, pages.target, stable, sort)
         content = contents.page
-    layout, runs = lay_out(pages, content, contents, stable)
-    decided = decide(pages, layout, runs, budgets)
+    decided = _planned_runs(pages, content, contents, stable, budgets)
     zeros = cut_long(stretches_in(zero, pages.joins & zero))
     unshared = np.bincount(pages.target[(content < 0) & ~zero], minlength=len(budgets))
     return Plan(pages, stable, *decided[:-1], zeros, decided[-1], unshared)
+
+
+def _planned_runs(
+    pages: Pages, content: I64, contents: Contents, stable: StableTree, budgets: I64
+) -> Decided:
+    """What `decide` says of all pages, from those alone that have an equal."""
+    index = np.flatnonzero(content >= 0)
+    if 4 * len(index) > 3 * len(content):
+        return decide(pages, *lay_out(pages, content, contents, stable), budgets)
+    some = _take(pages, index)
+    decided = decide(some, *lay_out(some, content[index], contents, stable), budgets)
+    runs = decided[0]
+    # A run has no gaps: its first page alone tells where it is among all of them.
+    return Runs(index[runs.first], runs.pages, runs.slot), *decided[1:]
+
+
+def _take(pages: Pages, index: I64) -> Pages:
+    """The pages `index`, ascending; neighbours are those that were."""
+    joins = pages.joins[index]
+    joins[1:] &= np.diff(index) == 1
+    joins[:1] = False
+    return Pages(
+        pages.target[index],
+        pages.address[index],
+        pages.digest[index],
+        pages.kind[index],
+        joins,
+        pages.watched[index],
+    )

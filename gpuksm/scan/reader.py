@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
+from functools import cached_property
 from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.errors import GpuksmError
+from gpuksm.hashing.protocol import Stretches
 from gpuksm.linux import vm
 from gpuksm.scan.columns import PAGE_BYTES, U64, stretches_of
 
@@ -29,20 +31,20 @@ class LivePages:
 
     def __init__(self, parts: list[tuple[int, U64]]) -> None:
         first_page: list[NDArray[np.int64]] = []
-        addresses: list[U64] = []
-        pids: list[int] = []
+        addresses: list[U64] = [np.empty(0, np.uint64)]
+        counts: list[int] = []
         pages = 0
-        for pid, column in parts:
+        for _, column in parts:
             first, _ = stretches_of(column)
             first_page.append(first + pages)
             addresses.append(column[first])
-            pids.extend([pid] * len(first))
+            counts.append(len(first))
             pages += len(column)
-        # Python lists: a read touches one or a few stretches, and list access is
-        # ten times cheaper than picking single elements out of an array.
-        self._first = [int(page) for part in first_page for page in part.tolist()]
-        self._address = [int(address) for part in addresses for address in part.tolist()]
-        self._pid = pids
+        self._stretches = Stretches(
+            np.concatenate((*first_page, np.array([pages], np.int64))),
+            np.concatenate(addresses),
+            np.repeat(np.array([pid for pid, _ in parts], np.int64), counts),
+        )
         self._pages = pages
         self._mem: dict[int, int] = {}
         self._opening = Lock()
@@ -51,26 +53,37 @@ class LivePages:
     def pages(self) -> int:
         return self._pages
 
+    @property
+    def stretches(self) -> Stretches:
+        """See `RemoteSource`."""
+        return self._stretches
+
+    @cached_property
+    def _lists(self) -> tuple[list[int], list[int], list[int]]:
+        """The same as Python lists.
+
+        A read touches one or a few stretches, and list access is ten times cheaper than picking
+        single elements out of an array.
+        """
+        first, address, pid = self._stretches
+        return first.tolist(), address.tolist(), pid.tolist()
+
     def read(self, first: int, count: int, out: NDArray[np.uint8], ok: NDArray[np.bool_]) -> None:
         """See `PageSource.read`."""
         ok[:count] = True
-        at = bisect_right(self._first, first) - 1
+        firsts, addresses, pids = self._lists
+        at = bisect_right(firsts, first) - 1
         page, end = first, first + count
         base = out.ctypes.data
         while page < end:
-            pid = self._pid[at]
+            pid = pids[at]
             segments: list[tuple[int, int]] = []
             begin = page
-            while (
-                page < end and at < len(self._first) and self._pid[at] == pid and len(segments) < vm.IOV_MAX
-            ):
-                stop = self._first[at + 1] if at + 1 < len(self._first) else self._pages
-                pages = min(stop, end) - page
-                segments.append(
-                    (self._address[at] + (page - self._first[at]) * PAGE_BYTES, pages * PAGE_BYTES)
-                )
+            while page < end and pids[at] == pid and len(segments) < vm.IOV_MAX:
+                pages = min(firsts[at + 1], end) - page
+                segments.append((addresses[at] + (page - firsts[at]) * PAGE_BYTES, pages * PAGE_BYTES))
                 page += pages
-                if page == stop:
+                if page < end and page == firsts[at + 1]:
                     at += 1
             self._read_process(
                 pid, segments, base + (begin - first) * PAGE_BYTES, ok[begin - first : page - first]

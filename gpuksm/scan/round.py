@@ -94,14 +94,17 @@ class _Scan:
     def _first_pass(self, seed: int) -> None:
         armed = time.monotonic()
         self._arm()
-        self.engine.open_hasher(seed)  # takes a while, in which memory settles
-        self._look(0, armed)
+        self.engine.open_hasher(seed)
+        self._look()
         living = self.engine.living()
-        self._count(merge_everything(self.engine, living), living)
+        # While memory settles it is read; what was written meanwhile is dropped again.
+        settled = armed + self.options.settle_seconds
+        self._count(merge_everything(self.engine, living, settled), living)
 
     def _checksum_pass(self, number: int) -> None:
         """All over again."""
-        self._look(number, time.monotonic())
+        self._settle(number, time.monotonic())
+        self._look()
         living = self.engine.living()
         self._count(merge_everything(self.engine, living), living)
 
@@ -136,8 +139,7 @@ class _Scan:
             return True
         return len(new.digest) > 0 and equals_elsewhere(np.unique(new.digest), trackers, self.engine.stable())
 
-    def _look(self, number: int, armed: float) -> None:
-        self._settle(number, armed)
+    def _look(self) -> None:
         for target in self.engine.living():
             assert target.tracker is not None
             try:

@@ -25,6 +25,7 @@ from gpuksm.scan.columns import I64, PAGE_BYTES, U64
 from gpuksm.scan.engine import Engine, Target
 from gpuksm.scan.follow import Follower
 from gpuksm.scan.runs import Pages
+from gpuksm.scan.seen import Seen
 from gpuksm.scan.tracker import equals_elsewhere, gather, user_key
 from gpuksm.scan.types import Progress, ScanOptions, TargetRequest
 
@@ -63,7 +64,7 @@ class Session:
         self._zero_pages = 0
         self._pages_merged = 0
         self._refused: dict[int, tuple[int, float, float]] = {}  # pid: start time, try again at, after
-        self._seen = np.empty(0, np.uint64)  # digests of all contents that were planned with, sorted
+        self._seen = Seen()  # all contents that were planned with
         self._retries = 0
         self._unshared = 0
 
@@ -211,16 +212,14 @@ class Session:
         if not len(fresh):
             return False
         ordered = np.sort(fresh)
-        at = np.minimum(np.searchsorted(self._seen, ordered), max(len(self._seen) - 1, 0))
-        known = self._seen[at] == ordered if len(self._seen) else np.zeros(len(ordered), np.bool_)
+        known = self._seen.holds(ordered)
         if not ordered[0] or (ordered[1:] == ordered[:-1]).any():
             return True
         # What was seen may have been this very page, before it was written with what it held.
         trackers = [follower.tracker for follower in self.followers.values()]
         if known.any() and equals_elsewhere(ordered[known], trackers, self.engine.stable()):
             return True
-        ordered = ordered[~known]
-        self._seen = np.insert(self._seen, np.searchsorted(self._seen, ordered), ordered)
+        self._seen.add(ordered[~known])
         return False
 
     def _merge(self, use_zero_pages: bool) -> int:
@@ -253,7 +252,7 @@ class Session:
     def _note_contents(self, digest: U64) -> None:
         """From now on a new page is worth a plan when it is one of these, or of the store's."""
         ordered, _ = self.engine.hasher.sort(np.concatenate((digest, self.engine.stable().digest)))
-        self._seen = ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+        self._seen.replace(ordered)
 
     # -- numbers -----------------------------------------------------------------
 

@@ -9,8 +9,11 @@ not left without.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
+from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.scan.batches import digest
 from gpuksm.scan.columns import I64, ranges_within
@@ -25,8 +28,11 @@ from gpuksm.scan.trees import join
 SLICE_PAGES = 1 << 18
 
 
-def merge_everything(engine: Engine, living: list[Target]) -> dict[int, int]:
-    """Hash, plan and commit all pages of `living` that were found calm; {pid: pages read}."""
+def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0) -> dict[int, int]:
+    """Hash, plan and commit all pages of `living` that were found calm; {pid: pages read}.
+
+    Until `settled` (of the monotonic clock) nothing is planned, only read.
+    """
     trackers = [target.tracker for target in living if target.tracker is not None]
     wanted = [tracker.wanted() for tracker in trackers]
     total = sum(map(len, wanted))
@@ -41,9 +47,12 @@ def merge_everything(engine: Engine, living: list[Target]) -> dict[int, int]:
     with Commits() as commits:
         for number in range(count):
             share = [index[_share(index, number, count)] for index in wanted]
+            early = time.monotonic() < settled
             read = digest(
                 list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
             )
+            if early or not number:
+                _settle(engine, trackers, share, settled)
             done += sum(map(len, share))
             for pid, pages in read.items():
                 scanned[pid] = scanned.get(pid, 0) + pages
@@ -61,6 +70,19 @@ def merge_everything(engine: Engine, living: list[Target]) -> dict[int, int]:
         commits.finish()
     engine.hasher.leave(0)
     return scanned
+
+
+def _settle(engine: Engine, trackers: list[Tracker], read: list[I64], settled: float) -> None:
+    """Wait until `settled`, and forget what was written of the pages `read` while they were."""
+    if (left := settled - time.monotonic()) > 0:
+        engine.progress.update("settle", 0, 0)
+        time.sleep(left)
+    for tracker, index in zip(trackers, read, strict=True):
+        try:
+            tracker.keep_calm(index)
+            tracker.count_volatile()
+        except TargetGone:
+            tracker.columns.known[index] = False
 
 
 def _share(index: I64, number: int, count: int) -> slice:

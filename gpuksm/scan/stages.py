@@ -35,7 +35,7 @@ from gpuksm.scan.trial import Area, Helper, Trial, trial
 from gpuksm.scan.types import BenchResult, Progress, ScanOptions, Stage
 
 REPEATS = 3
-_CHUNK_PAGES = 256  # read at once, as the CPU backend does
+_CHUNK_PAGES = 128  # read at once, as the CPU backend does
 _SORT_DIGESTS = 1 << 21
 # Pages that are mapped one by one: a share of all, and never so many that mappings run out.
 _TURNED_SHARE, _MAX_TURNED_BYTES = 8, 16 << 20

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.sort import radix_sort
-from gpuksm.scan.columns import COLUMN_KERNELS, I64, U64, ranges_within
+from gpuksm.scan.columns import COLUMN_KERNELS, I64, U64, among, ranges_within
 
 Sort = Callable[[U64], tuple[U64, NDArray[np.uint32]]]
 
@@ -32,6 +33,15 @@ class StableTree:
     slot: U64
     digest: U64
     last: NDArray[np.bool_]
+
+    @cached_property
+    def ordered(self) -> U64:
+        """Its digests, sorted."""
+        return np.sort(self.digest)
+
+    def holds_any(self, digest: U64) -> bool:
+        """Whether any of `digest` is that of a slot; takes no longer for a large store."""
+        return bool(among(self.ordered, digest).any())
 
 
 def stable_tree(reply_extents: int, payload: bytes | bytearray) -> StableTree:

@@ -151,3 +151,25 @@ def test_gpu_backends_get_what_was_asked_for(monkeypatch):
     monkeypatch.setitem(select._BACKENDS, "opencl", lambda wanted: seen.append(wanted))
     create("opencl", 5, 2, "name", 1 << 20)
     assert seen == [select.Wanted(5, 2, "name", 1 << 20)]
+
+
+def test_auto_loads_no_gpu_library_where_no_gpu_can_be():
+    code = (
+        "import sys\n"
+        "from gpuksm.hashing import select\n"
+        "select._GPU_SIGNS = ('/nowhere',)\n"
+        "_, why = select.create()\n"
+        "assert why == 'only cpu runs here (there is no device file of a GPU)', why\n"
+        "print(*{'cupy', 'pyopencl', 'gpuksm.hashing.cuda', 'gpuksm.hashing.opencl'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_a_sign_of_a_gpu_has_both_backends_tried(monkeypatch, tmp_path):
+    monkeypatch.setattr(select, "_GPU_SIGNS", (str(tmp_path),))
+    tried = []
+    monkeypatch.setattr(select.importlib, "import_module", lambda name: tried.append(name) or missing(None))
+    hasher, _ = create("auto")
+    hasher.close()
+    assert tried == ["gpuksm.hashing.cuda", "gpuksm.hashing.opencl"]

@@ -40,3 +40,12 @@ def test_stretches_behave_like_sets(some, others):
 @given(st.lists(st.integers(0, 5)))
 def test_ranges_within(counts):
     assert columns.ranges_within(np.array(counts, np.int64)).tolist() == [i for n in counts for i in range(n)]
+
+
+@settings(deadline=None)
+@given(pages_strategy, st.integers(1, 70))
+def test_windows_hold_so_many_pages_and_leave_none_out(some, size):
+    found = [as_pages(low, high) for low, high in columns.windows_of(*stretches(some), size)]
+    assert [page for window in found for page in window] == some
+    assert [len(window) for window in found[:-1]] == [size] * (len(found) - 1)
+    assert all(0 < len(window) <= size for window in found)

@@ -14,7 +14,7 @@ import pytest
 from gpuksm import eligibility
 from gpuksm.client import GuardClient
 from gpuksm.errors import NoSuchProcess
-from gpuksm.linux import pagemap, procfs
+from gpuksm.linux import pagemap, procfs, vm
 from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan, slices
 from gpuksm.scan import round as round_module
 
@@ -169,6 +169,29 @@ def test_a_second_pass_needs_a_reason(guard, workers, monkeypatch):
     busy = workers(2)
     result = scan(guard, busy, passes=2)
     assert result.pages_volatile >= 100
+
+
+def test_memory_is_read_while_it_settles_and_what_is_written_then_is_left_out(guard, workers):
+    pair = workers(2, busy=False)
+    large = max(procfs.maps(pair[0].pid), key=lambda vma: (vma.end - vma.start) * (not vma.path))
+    stages = []
+
+    class Writer:
+        def update(self, stage, done, total):
+            if stage == "settle":
+                for page in range(large.start, large.start + 256 * 4096, 4096):
+                    byte = bytearray(1)
+                    vm.read_into(pair[0].pid, page, byte)
+                    vm.writev(pair[0].pid, [(vm.address_of(byte), 1)], [(page, 1)])
+            stages.append(stage)
+
+    options = ScanOptions(passes=1, settle_seconds=0.5)
+    with guard() as client:
+        result = run_scan(client, [TargetRequest(worker.pid) for worker in pair], options, Writer())
+    assert stages.index("hash") < stages.index("settle") < stages.index("plan")
+    assert result.pages_volatile >= 256
+    assert result.skipped.get("written", 0) < 128
+    assert all(unharmed(worker) for worker in pair)
 
 
 def test_a_target_that_cannot_be_attached_is_reported_and_the_rest_is_scanned(guard, workers):

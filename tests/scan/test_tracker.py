@@ -10,7 +10,8 @@ import pytest
 
 from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, uffd, vm
-from gpuksm.scan.columns import PAGE_BYTES
+from gpuksm.scan.columns import PAGE_BYTES, pages_of, stretches_of
+from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
 from gpuksm.scan.trees import no_stable_tree, stable_tree
 
@@ -72,12 +73,28 @@ def test_calm_pages_are_present_armed_unwritten_and_anonymous(area):
     tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
     tracker.look()
     assert len(tracker.columns.address) == 0  # nothing is armed yet
+    tracker.count_volatile()
     assert tracker.volatile == 40
     area.arm()
     area.view[3] = 2
     tracker.look()
     assert area.number(tracker.columns.address) == [page for page in range(40) if page != 3]
+    tracker.count_volatile()
     assert tracker.volatile == 1
+    tracker.close()
+
+
+def test_what_was_written_after_it_was_read_has_no_digest(area):
+    area.view[:] = 1
+    area.arm()
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    tracker.look()
+    learn_all(tracker)
+    area.view[3] = area.view[40] = 2
+    tracker.keep_calm(np.arange(20))
+    assert tracker.wanted().tolist() == [3]
+    tracker.keep_calm(np.arange(64))
+    assert tracker.wanted().tolist() == [3, 40]
     tracker.close()
 
 
@@ -181,6 +198,82 @@ def test_runs_do_not_join_over_regions_or_targets(area):
     assert len(gather([]).address) == 0
 
 
+@pytest.mark.parametrize("gap", [1, 4, 1000])
+@pytest.mark.parametrize("capacity", [2, 16, 65536])
+def test_looking_at_some_stretches_finds_what_looking_at_all_finds_there(area, gap, capacity, monkeypatch):
+    monkeypatch.setattr("gpuksm.scan.page_map._WINDOW_GAP_PAGES", gap)
+    monkeypatch.setattr("gpuksm.scan.page_map._WINDOW_PAGES", max(capacity, 4))
+    monkeypatch.setattr("gpuksm.scan.page_map._CAPACITY", capacity)
+    random = np.random.default_rng(gap * capacity)
+    area.view[:] = 1
+    area.arm()
+    middle = area.start + 30 * PAGE_BYTES
+    regions = [(area.start, middle), (middle + PAGE_BYTES, area.end)]
+    for _ in range(40):
+        area.view[random.integers(0, PAGES, 5)] = 2
+        if random.integers(0, 4) == 0:
+            area.arm()
+        tracker = Tracker(os.getpid(), regions)
+        everything = set(pages_of(*tracker.map.select(CALM_MASK, CALM_INVERTED)).tolist())
+        chosen = np.flatnonzero(random.integers(0, 3, PAGES) == 0).astype(np.uint64)
+        address = chosen * np.uint64(PAGE_BYTES) + np.uint64(area.start)
+        first, pages = stretches_of(address)
+        low = address[first]
+        high = low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
+        found = tracker.map.select_in(CALM_MASK, CALM_INVERTED, low, high)
+        expected = [page for page in address.tolist() if page in everything]
+        assert pages_of(*found).tolist() == expected
+        assert tracker.map.exclusive_in(*found).tolist() == expected
+        tracker.look_at(low, high)
+        assert tracker.columns.address.tolist() == expected
+        tracker.close()
+
+
+def test_what_is_far_from_what_was_written_is_not_looked_at(area, monkeypatch):
+    monkeypatch.setattr("gpuksm.scan.page_map._WINDOW_GAP_PAGES", 4)
+    spans = []
+    real = pagemap.scan_spans
+    monkeypatch.setattr(
+        pagemap,
+        "scan_spans",
+        lambda fd, wanted, *rest, **more: (spans.extend(wanted), real(fd, wanted, *rest, **more))[1],
+    )
+    tracker = Tracker(os.getpid(), [(area.start, area.end)])
+    low = np.array([area.start, area.start + 3 * PAGE_BYTES, area.start + 60 * PAGE_BYTES], np.uint64)
+    tracker.map.select_in(CALM_MASK, CALM_INVERTED, low, low + np.uint64(PAGE_BYTES))
+    assert spans == [
+        (area.start, area.start + 4 * PAGE_BYTES),
+        (area.start + 60 * PAGE_BYTES, area.start + 61 * PAGE_BYTES),
+    ]
+    tracker.close()
+
+
+def test_only_what_was_all_looked_up_a_moment_ago_needs_no_other_look(area, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("gpuksm.scan.tracker.time.monotonic", lambda: now[0])
+    area.view[:] = 1
+    area.arm()
+    tracker = Tracker(os.getpid(), [(area.start, area.end)])
+    assert not tracker.was_just_looked_up()
+    tracker.look()
+    assert tracker.was_just_looked_up()
+    now[0] += 0.1
+    assert not tracker.was_just_looked_up()
+    some = np.array([area.start], np.uint64)
+    tracker.look_at(some, some + np.uint64(PAGE_BYTES))
+    assert not tracker.was_just_looked_up()  # others without a digest were looked up long ago
+    learn_all(tracker)
+    tracker.drop(some, some + np.uint64(PAGE_BYTES))
+    tracker.look_at(some, some + np.uint64(PAGE_BYTES))
+    assert tracker.was_just_looked_up()
+    assert tracker.wanted().tolist() == [0]
+    passive = Tracker(os.getpid(), [(area.start, area.end)], passive=True)
+    passive.look()
+    assert not passive.was_just_looked_up()
+    for each in (tracker, passive):
+        each.close()
+
+
 def test_gaps_wider_than_a_window_are_not_read(area):
     area.view[[0, 63]] = 1
     tracker = Tracker(os.getpid(), [(area.start, area.end, 3)], passive=True)
@@ -225,13 +318,18 @@ def test_what_is_dropped_and_found_again_keeps_the_columns_in_order(area):
     area.arm()
     tracker.look()
     learn_all(tracker)
+    tracker.plan(tracker.candidates())
     at = lambda page: np.array([area.start + page * PAGE_BYTES], np.uint64)  # noqa: E731
     tracker.drop(np.concatenate([at(0), at(7), at(60)]), np.concatenate([at(2), at(8), at(64)]))
     left = [page for page in range(PAGES) if page not in (0, 1, 7, 60, 61, 62, 63)]
-    assert area.number(tracker.columns.address) == left
+    assert area.number(tracker.columns.address[tracker.columns.calm]) == left
+    assert len(tracker.wanted()) == 0
     tracker.look_at(np.concatenate([at(0), at(5), at(62)]), np.concatenate([at(1), at(9), at(64)]))
-    assert area.number(tracker.columns.address) == sorted([*left, 0, 7, 62, 63])
+    assert area.number(tracker.columns.address[tracker.columns.calm]) == sorted([*left, 0, 7, 62, 63])
     assert area.number(tracker.columns.address[tracker.wanted()]) == [0, 7, 62, 63]
     kept = tracker.columns.digest[tracker.columns.known]
+    learn_again = tracker.wanted()
+    tracker.learn(learn_again, np.full(4, 500, np.uint64), np.zeros(4, np.uint8))
+    assert tracker.candidates().tolist() == learn_again.tolist()  # all others were planned before
     assert kept.tolist() == [page + 1 for page in left]  # what they were given, at their own pages
     tracker.close()
