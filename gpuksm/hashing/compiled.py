@@ -2,8 +2,8 @@
 
 Loading numba and its own cache costs half a second of processor time, more than
 many a scan.  So the object code that numba makes of a module of kernels is kept
-(`kernel_cache.py`), and later processes place it in memory (`object_file.py`, or
-LLVM's linker where that cannot) and call it by numba's convention:
+(`kernel_cache.py`), and later processes give it to LLVM's linker alone and call it
+by numba's convention:
 
     int32 kernel(result *, exception **, arguments...)
 
@@ -20,7 +20,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import platform
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuksm.hashing import kernel_cache, object_file
-from gpuksm.linux import procfs
+from gpuksm.hashing import kernel_cache
 from gpuksm.linux.native import Cell, function_at
 
 _OK, _NONE = 0, -2
@@ -74,21 +72,17 @@ def link(built: bytes) -> Any:
 
 
 def _key(module: str) -> str:
+    from llvmlite import binding  # type: ignore[import-untyped]
+
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     found = hashlib.sha256(Path(spec.origin).read_bytes())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         found.update(path.read_bytes())
-    found.update(platform.machine().encode())
-    found.update(procfs.processor() or _host_by_llvm())
+    found.update(binding.get_host_cpu_name().encode())
+    found.update(binding.get_host_cpu_features().flatten().encode())
     return found.hexdigest()[:32]
-
-
-def _host_by_llvm() -> bytes:
-    from llvmlite import binding  # type: ignore[import-untyped]
-
-    return f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode()
 
 
 _engines: list[Any] = []  # own the machine code
@@ -96,10 +90,6 @@ _engines: list[Any] = []  # own the machine code
 
 def _address(code: bytes, symbol: str) -> int:
     """Address of `symbol` in the object file `code`, which is made executable."""
-    return object_file.place(code, symbol) or _link_by_llvm(code, symbol)
-
-
-def _link_by_llvm(code: bytes, symbol: str) -> int:
     from llvmlite import binding
 
     binding.initialize_native_target()

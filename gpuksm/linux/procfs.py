@@ -256,22 +256,6 @@ def resident_size(pid: int) -> int:
     return int(_read(pid, "statm").split()[1])
 
 
-_PROCESSOR_LINES = (
-    *(b"vendor_id", b"cpu family", b"model", b"stepping", b"flags"),
-    *(b"Features", b"CPU implementer", b"CPU architecture", b"CPU variant", b"CPU part"),
-)
-
-
-def processor() -> bytes:
-    """What the first processor is and can do (/proc/cpuinfo); empty where that is not told."""
-    try:
-        with open("/proc/cpuinfo", "rb") as file:
-            head = file.read(1 << 14).partition(b"\n\n")[0]  # there is one such part for each processor
-    except OSError:
-        return b""
-    return b"\n".join(line for line in head.split(b"\n") if line.startswith(_PROCESSOR_LINES))
-
-
 def available_memory() -> int:
     """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where it does not say."""
     with open("/proc/meminfo") as file:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
-import platform
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpuksm.hashing import compiled, object_file, sort, xxh3
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.kernel_cache import private_folder
 
@@ -55,81 +50,6 @@ def test_the_second_process_needs_no_compiler(tmp_path):
     assert compiles(XDG_CACHE_HOME=str(tmp_path))
     assert list(tmp_path.glob("gpuksm/kernels/page_kernel-*"))
     assert not compiles(XDG_CACHE_HOME=str(tmp_path))
-
-
-def test_a_kept_kernel_needs_nothing_of_llvm(tmp_path):
-    assert compiles(XDG_CACHE_HOME=str(tmp_path))
-    code = HASH.replace("'numba' in sys.modules", "'llvmlite' in sys.modules")
-    clean = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    clean.pop("NUMBA_CACHE_DIR", None)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=clean, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    x86 = platform.machine() == "x86_64"
-    assert done.stdout.strip() == str(not x86)
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines leave it to LLVM")
-@pytest.mark.parametrize("name", ["_page_kernel", "_sort_kernels"])
-def test_object_files_are_placed_as_llvm_places_them(name):
-    built = compiled.build(importlib.import_module(f"gpuksm.hashing.{name}"))
-    for code, symbol in object_files(built):
-        assert object_file.place(code, symbol)
-    ours = compiled.link(built)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(object_file, "place", lambda code, symbol: None)
-        theirs = compiled.link(built)
-    random = np.random.default_rng(1)
-    if name == "_page_kernel":
-        words = random.integers(0, 1 << 63, 8 * 512, np.uint64)
-        words[512:1024], words[1024:1536] = 0, 7
-        found = []
-        for kernels in (ours, theirs):
-            digests, kinds = np.empty(8, np.uint64), np.empty(8, np.uint8)
-            kernels.hash_pages(words, np.ones(8, np.bool_), xxh3.page_keys(3), digests, kinds)
-            found.append((digests.tolist(), kinds.tolist()))
-    else:
-        keys = random.integers(0, 1 << 63, 20_000, np.uint64)
-        keys[5000:15_000] = keys[0]  # enough of one part for memset and the second sort
-        found = []
-        for kernels in (ours, theirs):
-            mine, order = keys.copy(), np.arange(20_000, dtype=np.uint32)
-            bounds, counts = np.array([0, 20_000], np.uint32), np.empty(sort.SCRATCH_COUNTS, np.uint32)
-            kernels.sort_buckets(mine, order, np.empty_like(mine), np.empty_like(order), bounds, 64, counts)
-            found.append((mine.tolist(), order.tolist(), kernels.varying_bits(keys)))
-        assert found[0][0] == sorted(keys.tolist())
-    assert found[0] == found[1]
-
-
-def object_files(built):
-    (size,) = struct.unpack_from("<I", built)
-    at = 4 + size
-    for facts in json.loads(built[4:at]).values():
-        yield built[at : at + facts["code"]], facts["symbol"]
-        at += facts["code"]
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines leave it to LLVM")
-def test_what_is_not_known_of_an_object_file_is_left_to_llvm():
-    built = compiled.build(importlib.import_module("gpuksm.hashing._page_kernel"))
-    code, symbol = next(object_files(built))
-    assert object_file.place(code, "no such function") is None
-    assert object_file.place(b"something else", symbol) is None
-    other = bytearray(code)
-    struct.pack_into("<H", other, 18, 183)  # aarch64
-    assert object_file.place(bytes(other), symbol) is None
-    # Every relocation of another type; R_X86_64_64 is 1.
-    (at,) = struct.unpack_from("<Q", code, 40)
-    (count,) = struct.unpack_from("<H", code, 60)
-    other = bytearray(code)
-    for number in range(count):
-        (kind,) = struct.unpack_from("<I", code, at + 64 * number + 4)
-        begin, size = struct.unpack_from("<QQ", code, at + 64 * number + 24)
-        if kind == 4:
-            for entry in range(begin, begin + size, 24):
-                struct.pack_into("<I", other, entry + 8, 2)
-    assert object_file.place(bytes(other), symbol) is None
 
 
 def test_home_is_used_when_there_is_no_cache_folder_named(tmp_path):
