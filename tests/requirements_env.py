@@ -77,11 +77,9 @@ def _uffd() -> str:
 
 
 def _thread_pidfd() -> str:
-    try:
-        os.close(os.pidfd_open(os.getpid(), os.O_EXCL))
-    except OSError:
-        return "no pidfds of threads (Linux 6.9)"
-    return ""
+    from gpuksm.linux import probe
+
+    return "" if probe.has_thread_pidfds() else "no pidfds of threads (Linux 6.9)"
 
 
 def _root() -> str:

@@ -77,6 +77,11 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("PAGEMAP_SCAN", GOOD, "yes")
     else:
         yield Finding("PAGEMAP_SCAN", BAD, "no", "a kernel with it is needed (Linux 6.7 has it)")
+    if probe.has_thread_pidfds():
+        yield Finding("pidfds of threads", GOOD, "yes")
+    else:
+        advice = "processes wait for ever where guard and keeper are killed together (Linux 6.9 has them)"
+        yield Finding("pidfds of threads", NOTE, "no", advice)
 
 
 def _settings() -> Iterator[Finding]:

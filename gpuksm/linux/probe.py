@@ -8,7 +8,7 @@ import os
 import struct
 from pathlib import Path
 
-from gpuksm.linux import uffd
+from gpuksm.linux import pidfd, uffd
 from gpuksm.linux._libc import syscall_function
 
 _API = struct.Struct("<QQQ")
@@ -31,6 +31,15 @@ def userfaultfd_features() -> tuple[int, bool]:
     finally:
         os.close(fd)
     return _API.unpack(argument)[1], kernel_mode
+
+
+def has_thread_pidfds() -> bool:
+    """Whether there are pidfds of single threads (PIDFD_THREAD, Linux 6.9)."""
+    try:
+        os.close(pidfd.open_thread(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def setting(path: str) -> str | None:
