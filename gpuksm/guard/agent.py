@@ -4,7 +4,9 @@ What must hold (docs/hazards.md 9, 10):
 - The agent performs an entry only after it has claimed it (one token of an
   eventfd semaphore) and has seen that our end of its socket is open.  A linked
   entry follows the one before it whatever has become of us, so that "replace,
-  then register" cannot be cut in the middle by our death.  One that must not be performed
+  then register" cannot be cut in the middle by our death.  In a group that replaces in
+  several entries and registers in one, each that replaces looks whether we are there; what is
+  registered is what was replaced.  One that must not be performed
   when the one before it failed says so: mapping over memory that could not be unwatched
   would have the agent wait for us, who wait for it.
 - We take back what is unclaimed by draining the tokens, and a target is thawed
@@ -44,7 +46,7 @@ AUX_BYTES = 0xE000
 UNUSED_OFFSETS = (0x40000, 0x4F000)  # pages of the block that nothing uses; the agent needs no stack
 _ENTRY_BYTES = 64
 _ENTRY = struct.Struct("<IIqqqqqqq")
-_LINKED, _AFTER_SUCCESS = 1, 2
+_LINKED, _AFTER_SUCCESS, _WHILE_GUARDED, _AS_FAR = 1, 2, 4, 8
 _NO_ARGUMENTS = (0, 0, 0, 0, 0, 0)
 _DONE_OFFSET = 32
 STAY_OFFSET = 40
@@ -71,10 +73,26 @@ class Table:
     def __len__(self) -> int:
         return len(self.entries) // _ENTRY_BYTES
 
-    def add(self, number: int, *arguments: int, linked: bool = False, after_success: bool = False) -> int:
-        """`linked`: follows the entry before whatever has become of us; `after_success`: that too, but
-        only if the entry before gave 0, else its own result is -ECANCELED (-125)."""
-        flags = _LINKED | _AFTER_SUCCESS if after_success else linked
+    def add(
+        self,
+        number: int,
+        *arguments: int,
+        linked: bool = False,
+        after_success: bool = False,
+        while_guarded: bool = False,
+        as_far: bool = False,
+    ) -> int:
+        """One entry; the others' kinds follow the entry before whatever has become of us.
+
+        `linked`: that is all; `after_success`: only if the entry before gave 0, else its own result is
+        -ECANCELED (-125); `while_guarded`: only if we are there, else so; `as_far`: its third
+        argument points to a range, of which then only what lies below the first argument of the first
+        entry that was left out is meant.
+        """
+        flags = int(linked)
+        flags |= _LINKED | _AFTER_SUCCESS if after_success else 0
+        flags |= _LINKED | _WHILE_GUARDED if while_guarded else 0
+        flags |= _LINKED | _AS_FAR if as_far else 0
         self.entries += _ENTRY.pack(0, flags, number, *arguments, *_NO_ARGUMENTS[len(arguments) :])
         self.unlinked += not flags
         return len(self.entries) // _ENTRY_BYTES - 1

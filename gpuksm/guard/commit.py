@@ -331,8 +331,8 @@ class Committer:
 class _Batch:
     """What the agent is to do in one go.
 
-    Runs that lie behind each other are mapped one by one and then watched by one entry,
-    linked: all of that happens, or none of it.
+    Runs that lie behind each other are mapped one by one, each only while we are there, and
+    what was mapped is then watched by one entry, whatever has become of us.
     """
 
     def __init__(self, target: Target) -> None:
@@ -372,7 +372,7 @@ class _Batch:
             prot,
             piece.slot or 0,
             merged=merged,
-            linked=joins,
+            joins=joins,
         )
         self.runs.append((piece, prot, index))
         if merged:

@@ -104,10 +104,10 @@ class Target:
     # -- entries for the agent -------------------------------------------------
 
     def add_register(self, table: Table, start: int, length: int) -> int:
-        """Watch [start, start + length); linked to the entry before.  The index of its result."""
+        """Watch [start, start + length), as far as it was mapped; linked.  The index of its result."""
         argument = self.link.agent.aux_address(table, uffd.register_argument(start, length))
         return table.add(
-            arch.current().NR.IOCTL, self.link.agent_event, uffd.UFFDIO_REGISTER, argument, linked=True
+            arch.current().NR.IOCTL, self.link.agent_event, uffd.UFFDIO_REGISTER, argument, as_far=True
         )
 
     def add_unregister(
@@ -132,12 +132,12 @@ class Target:
         slot: int,
         *,
         merged: bool = False,
-        linked: bool = False,
+        joins: bool = False,
     ) -> int:
         """Replace [start, start + length) by the store from `slot` on; `add_register` must follow.
 
-        What is `merged` there already is unwatched first, or mmap would wait for us.  The index of
-        its result.
+        What is `merged` there already is unwatched first, or mmap would wait for us.  With `joins` it
+        belongs to the group of the entry before.  The index of its result.
         """
         if merged:
             self.add_unregister(table, start, length)
@@ -149,7 +149,7 @@ class Target:
             MAP_PRIVATE | MAP_FIXED,
             self.link.agent_store,
             slot * PAGE_SIZE,
-            linked=linked,
+            while_guarded=joins,
             after_success=merged,
         )
 

@@ -147,7 +147,10 @@ bootstrap_end:
 #   32 u64 entries done since the start
 #   40 i32 eventfd whose word lets the agent end, -1: it ends with the guard
 # entries from 4096 on, 64 bytes each:
-#    0 u32 unused   4 u32 flags (1: linked, 2: only if the entry before gave 0)
+#    0 u32 unused   4 u32 flags (1: linked, 2: only if the entry before gave 0,
+#                     4: only while the guard is there, 8: of the range in the third
+#                     argument only what lies below the first entry that flag 4 left out)
+# r15: the first argument of that entry, 0 where there is none.
 #    8 i64 number in, result out   16 6 x u64 arguments
 .balign 64
 agent:
@@ -174,11 +177,13 @@ wait:
     jne leave
     mov 16(%r12), %r13
     lea 4096(%r12), %rbx
+    xor %r15d, %r15d
 next:
     test %r13, %r13
     jz done
     testl $1, 4(%rbx)                # linked: belongs to the entry before, whatever became of the guard
-    jnz perform
+    jnz linked
+    xor %r15d, %r15d
     mov 12(%r12), %edi
     test %edi, %edi
     js alive
@@ -199,12 +204,39 @@ alive:
     syscall
     test %rax, %rax
     jz leave
-perform:
-    testl $2, 4(%rbx)
-    jz call
+    jmp perform
+linked:
+    testl $4, 4(%rbx)
+    jz perform
+    test %r15, %r15
+    jnz cancelled
+    mov $45, %eax                    # recvfrom, as above
+    mov %r14d, %edi
+    lea 24(%r12), %rsi
+    mov $1, %edx
+    mov $0x42, %r10d
+    xor %r8d, %r8d
+    xor %r9d, %r9d
+    syscall
+    test %rax, %rax
+    jnz perform
+    mov 16(%rbx), %r15
+cancelled:
     mov $-125, %rax                  # -ECANCELED
+    jmp result
+perform:
+    testl $8, 4(%rbx)
+    jz 1f
+    test %r15, %r15
+    jz 1f
+    mov 32(%rbx), %rdx               # struct uffdio_range: start, length
+    mov %r15, %rax
+    sub 0(%rdx), %rax
+    mov %rax, 8(%rdx)
+1:  testl $2, 4(%rbx)
+    jz call
     cmpq $0, -56(%rbx)
-    jne result
+    jne cancelled
 call:
     mov 8(%rbx), %rax
     mov 16(%rbx), %rdi
