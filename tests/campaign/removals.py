@@ -1,0 +1,195 @@
+"""Each mechanism that protects targets is taken out, one at a time, and a test must fail.
+
+    python -m tests.campaign.removals [--only NAME]
+
+The source is copied and changed in the copy; the tests run there, on real processes.  A
+mechanism without which its tests still pass is WRONG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+_SECONDS = 240
+_ASSEMBLED = "gpuksm/guard/arch/x86_64.S"
+
+
+class Removal(NamedTuple):
+    """What is changed, text by text, in which file, and where that must be noticed."""
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    tests: str
+
+
+REMOVALS = (
+    Removal(
+        "zeros before a REMOVE event is read",
+        "gpuksm/guard/events.py",
+        (
+            (
+                "    for start, end in callers.discarded(target.pid, (number, arguments)):\n"
+                "        zero(host, target, start, end)\n",
+                "",
+            ),
+            (
+                "            for start, end in callers.discarded(target.pid, call):\n"
+                "                zero(host, target, start, end)\n",
+                "            pass\n",
+            ),
+        ),
+        "tests/safety/test_purge.py",
+    ),
+    Removal(
+        "validation before mapping",
+        "gpuksm/guard/commit.py",
+        (
+            (
+                "        parts = list(_intersect(pieces, [(start, end) for start, end, _ in calm]))\n",
+                "        parts = list(pieces)\n",
+            ),
+        ),
+        "tests/safety/test_wrong_plans.py::test_pages_written_between_arm_and_commit_stay",
+    ),
+    Removal(
+        "claim words",
+        _ASSEMBLED,
+        (
+            (
+                "    cmp $8, %rax\n    jne done\nalive:\n",
+                "alive:\n",
+            ),
+        ),
+        "tests/safety/test_groups.py",
+    ),
+    Removal(
+        "the agent's look at its socket",
+        _ASSEMBLED,
+        (
+            ("    test %rax, %rax\n    jz leave\n    jmp perform\n", "    jmp perform\n"),
+            ("    testl $4, 4(%rbx)\n    jz perform\n", "    jmp perform\n"),
+        ),
+        "tests/safety/test_groups.py",
+    ),
+    Removal(
+        "holes behind extents",
+        "gpuksm/guard/store.py",
+        (
+            ("_FAR_HOLE = 1 << 28", "_FAR_HOLE = 0"),
+            ("_NEAR_HOLE = 1 << 18", "_NEAR_HOLE = 0"),
+        ),
+        "tests/safety/test_growth.py",
+    ),
+    Removal(
+        "verification in the guard",
+        "gpuksm/guard/verify.py",
+        (
+            (
+                "        same = first_difference(mine + behind, other + behind, piece.pages - done)\n",
+                "        same = piece.pages - done\n",
+            ),
+        ),
+        "tests/safety/test_wrong_plans.py",
+    ),
+    Removal(
+        "seals and mode of the store",
+        "gpuksm/guard/store.py",
+        (
+            (
+                "        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)\n"
+                "        os.fchmod(fd, 0o400)\n",
+                "",
+            ),
+        ),
+        "tests/security/test_store.py",
+    ),
+    Removal(
+        "the budget of mappings",
+        "gpuksm/guard/commit.py",
+        (("    return limit // 2 - census.count_vmas(pid)\n", "    return limit * 1000\n"),),
+        "tests/end_to_end/test_scan.py",
+    ),
+    Removal(
+        "border pages",
+        "gpuksm/guard/commit.py",
+        (("        return not target.is_watched_behind(piece.end)\n", "        return False\n"),),
+        "tests/safety/test_growth.py",
+    ),
+    Removal(
+        "an agent that outlives guard and keeper",
+        "gpuksm/guard/guard.py",
+        (("            target.link.stay(target.id)\n", "            pass\n"),),
+        "tests/stress/test_both_killed.py",
+    ),
+)
+
+
+def _interpreter(copy: Path) -> str:
+    """An interpreter that finds `copy` before what is installed: the guard takes no PYTHONPATH."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", copy / ".venv"], check=True)
+    (packages,) = (copy / ".venv" / "lib").glob("python*/site-packages")
+    (packages / "copy.pth").write_text(f"{copy}\n{site.getsitepackages()[0]}\n")
+    return str(copy / ".venv" / "bin" / "python")
+
+
+def perform(removal: Removal) -> list[str]:
+    """The tests that fail without the mechanism."""
+    with tempfile.TemporaryDirectory(prefix="gpuksm-removal-") as folder:
+        copy = Path(folder)
+        copy.chmod(0o755)  # tests run as another user, too
+        for part in ("gpuksm", "kernels", "tests", "pyproject.toml"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / part)
+        path = copy / removal.file
+        text = path.read_text()
+        for old, new in removal.changes:
+            assert text.count(old) == 1, f"{removal.name}: no longer fits {removal.file}: {old!r}"
+            text = text.replace(old, new)
+        path.write_text(text)
+        python = _interpreter(copy)
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        if removal.file == _ASSEMBLED:
+            assemble = [python, "-m", "gpuksm.guard.arch.assemble"]
+            subprocess.run(assemble, cwd=copy, env=environment, check=True)
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *removal.tests.split()]
+        done = subprocess.run(
+            command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True, timeout=_SECONDS
+        )
+        return re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+
+
+def main() -> int:
+    """Print a table; 1 when a mechanism was not missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="NAME", help="removals whose name contains this")
+    only = parser.parse_args().only or ""
+    print("| taken out | failed of its tests | seconds |\n|---|---|---|", flush=True)
+    missed = 0
+    for removal in REMOVALS:
+        if only not in removal.name:
+            continue
+        began = time.monotonic()
+        failed = perform(removal)
+        missed += not failed
+        shown = ", ".join(f"`{name}`" for name in failed) or "WRONG: none"
+        print(f"| {removal.name} | {shown} | {time.monotonic() - began:.0f} |", flush=True)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
