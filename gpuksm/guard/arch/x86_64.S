@@ -59,8 +59,9 @@ bootstrap:
     syscall
     test %eax, %eax
     jnz drop
-    cmpl $0, 8(%r12)                 # set by the guard once the agent's code is in place
-    je 1f
+    mov 8(%r12), %ebx                # set by the guard once the agent's code is in place
+    test %ebx, %ebx
+    jz 1f
     mov $56, %eax                    # clone(VM|FS|SIGHAND|THREAD|SYSVSEM|UNTRACED, top of the block)
     mov $0x850b00, %edi
     lea BLOCK_BYTES(%r12), %rsi
@@ -75,9 +76,9 @@ bootstrap:
     syscall
     mov $3, %eax
     mov 4(%r12), %edi
-    syscall
-    cmpl $0, 8(%r12)                 # left alone before there was an agent: nothing may stay behind
-    jne restore
+    syscall                          # with it an agent whose guard is gone ends, and unmaps the block
+    test %ebx, %ebx                  # left alone before there was an agent: nothing may stay behind
+    jnz restore
 drop:
     mov $11, %eax                    # munmap(block)
     mov %r12, %rdi
