@@ -201,9 +201,7 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
                 if stop < piece.end:
                     pieces.insert(0, piece.cut(stop, piece.end))
                     piece = piece.cut(piece.start, stop)
-                index = target.add_map_zeros(table, piece.start, piece.end - piece.start, protection(vma))
-                if target.locked(vma.start):
-                    table.add(arch.current().NR.MLOCK, piece.start, piece.end - piece.start, linked=True)
+                index = _add_zeros(target, table, piece.start, piece.end, vma)
                 if piece.start == start and _left_end_is_inside(host, target, start):
                     target.add_register(table, piece.start, PAGE_SIZE)
                     target.borders.add(piece.start)
@@ -217,6 +215,14 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
             target.runs.remove(piece.start, piece.end)
         if failed:
             _keep_watched(host, target, failed)
+
+
+def _add_zeros(target: Target, table: Table, start: int, end: int, vma: procfs.VmaQuery) -> int:
+    """Replace [start, end), in the merged mapping `vma`, by zeros as protected and locked as that."""
+    index = target.add_map_zeros(table, start, end - start, protection(vma))
+    if target.locked(vma.start):
+        table.add(arch.current().NR.MLOCK, start, end - start, linked=True)
+    return index
 
 
 def _keep_watched(host: Host, target: Target, failed: list[Run]) -> None:
@@ -378,14 +384,14 @@ def forget_store(host: Host, target: Target, start: int, end: int) -> None:
     table = Table()
     mapped: list[tuple[int, Run]] = []
     at = start
-    while at < end and table.room(2, 32):
+    while at < end and table.room(3, 32):
         vma = procfs.query_vma(target.maps, at)
         if vma is None or vma.start >= end:
             break
         low, high = max(at, vma.start), min(end, vma.end)
         if vma.inode == host.store.inode:
             piece = Run(low, high, (vma.offset + low - vma.start) // PAGE_SIZE)
-            mapped.append((target.add_map_zeros(table, low, high - low, protection(vma)), piece))
+            mapped.append((_add_zeros(target, table, low, high, vma), piece))
         at = high
     results = target.link.agent.perform(table)
     if target.runs.overlapping(start, end):
