@@ -23,13 +23,14 @@ check: $(READY) ## ruff, mypy --strict and the architecture test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-nightly: $(READY) ## every fault at every point, kills and a long model: about two hours
+nightly: $(READY) ## mechanisms taken out, every fault at every point, kills, a long model: about two hours
+	$(BIN)/python -m tests.campaign.removals
 	$(BIN)/python -m tests.campaign.faults --runs 3
 	$(BIN)/python -m tests.campaign.kills guard --kills 1000
 	$(BIN)/python -m tests.campaign.kills keeper --kills 300
 	$(BIN)/python -m tests.campaign.kills both --kills 300
 	$(BIN)/python -m tests.campaign.kills scanner --kills 1000
-	$(BIN)/python -m tests.model --steps 200000
+	$(BIN)/python -m tests.model --steps 200000 --workers 2
 
 soak: $(READY) ## model, kills, faults and real programs in turn, for HOURS=8
 	$(BIN)/python -m tests.campaign.soak --hours $(or $(HOURS),8)
