@@ -24,6 +24,51 @@ from gpuksm.guard.store import Store
 from gpuksm.linux import process, procfs
 
 
+def _look_for_agents(folder: Path, keeping: Keeping, inherited: dict[str, int]) -> None:
+    """What agents hold that wait for a guard, as if it were inherited.
+
+    Without a store all that is inherited is a part of it, from a guard that died doing this.
+    """
+    for tag, fd in inherited.items():
+        keeping.keep(tag, None)
+        os.close(fd)
+    inherited.clear()
+    inherited.update(waiting.find(folder))
+    if not inherited:
+        return
+    for tag, fd in inherited.items():
+        if tag != "store":  # with that our successor will believe that it has all
+            keeping.keep(tag, fd)
+    for number, fd in Attic(inherited["attic-in"], inherited["attic-out"]).copies().items():
+        if f"event:{number}" in inherited:
+            os.close(fd)
+            continue
+        inherited[f"event:{number}"] = fd
+        keeping.keep(f"event:{number}", fd)
+
+
+def _guard(folder: Path, keeping: Keeping, inherited: dict[str, int]) -> Guard:
+    """A guard on what is inherited of store, ledger and attic, or on new ones; the keeper holds all of it."""
+    first, anew = "store" not in inherited, "private" not in inherited
+    store = Store(inherited.pop("store", None))
+    journal = Journal(inherited.pop("ledger", None), inherited.pop("private", None))
+    attic = Attic(inherited.pop("attic-in", None), inherited.pop("attic-out", None))
+    guard = Guard(keeping, store, journal, attic)
+    if first:
+        guard.store_born = procfs.stat(os.getpid()).start_time
+        journal.append(HOME, 0, waiting.home(folder), store.inode, guard.store_born)
+    if anew:
+        guard.seed = int.from_bytes(os.urandom(8), "little")
+        journal.append(BORN, 0, guard.seed)
+    held = {"ledger": journal.fd, "private": journal.private_fd}
+    held |= {"attic-in": attic.sending, "attic-out": attic.receiving, "store": store.fd}
+    for tag, fd in held.items():  # the store last
+        keeping.keep(tag, fd)
+    if not first:
+        recovery.recover(guard, inherited)
+    return guard
+
+
 def main() -> None:
     """Run until there is no reason left, and tell the keeper so."""
     process.set_title("gpuksm guard")
@@ -34,32 +79,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     keeping = Keeping(folder, link, dict(inherited))
     listener = socket.socket(fileno=inherited.pop("listener"))
-    found = {} if "store" in inherited else waiting.find(folder)
-    for tag, fd in found.items():
-        inherited[tag] = fd
-        keeping.keep(tag, fd)
-    first, anew = "store" not in inherited, "private" not in inherited
-    store = Store(inherited.pop("store", None))
-    journal = Journal(inherited.pop("ledger", None), inherited.pop("private", None))
-    keeping.keep("store", store.fd)
-    keeping.keep("ledger", journal.fd)
-    keeping.keep("private", journal.private_fd)
-    attic = Attic(inherited.pop("attic-in", None), inherited.pop("attic-out", None))
-    keeping.keep("attic-in", attic.sending)
-    keeping.keep("attic-out", attic.receiving)
-    for number, fd in attic.copies().items() if found else ():
-        if f"event:{number}" not in inherited:
-            inherited[f"event:{number}"] = fd
-            keeping.keep(f"event:{number}", fd)
-    guard = Guard(keeping, store, journal, attic)
-    if first:
-        guard.store_born = procfs.stat(os.getpid()).start_time
-        journal.append(HOME, 0, waiting.home(folder), store.inode, guard.store_born)
-    if anew:
-        guard.seed = int.from_bytes(os.urandom(8), "little")
-        journal.append(BORN, 0, guard.seed)
-    if not first:
-        recovery.recover(guard, inherited)
+    if "store" not in inherited:
+        _look_for_agents(folder, keeping, inherited)
+    guard = _guard(folder, keeping, inherited)
     # A collection pause inside a freeze would be a pause of the target.
     gc.freeze()
     Server(guard, listener, keeping).run()

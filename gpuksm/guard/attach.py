@@ -44,9 +44,7 @@ _PR_SET_NAME = 15
 AGENT_NAME = "gpuksm-agent"
 _CAPABILITY_VERSION_3 = 0x20080522
 _RSEQ_CS_OFFSET = 8
-_MOST_LEFTOVERS = 256
 _GO = struct.pack("<Ii24xi", 1, -1, -1)  # go, no eventfd to claim by, none to wait for
-_ALL_SIGNALS = "fffffffffffbfeff"  # but SIGKILL and SIGSTOP, in /proc/PID/status
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
 
 
@@ -122,31 +120,6 @@ def attach(
     attachment = _equipped(agent, code, gifts, fork_events, None)
     _reserve_mappings(agent)
     return attachment
-
-
-def unmap_leftovers(attachment: Attachment, memory: int) -> None:
-    """Unmap code pages that earlier agents of this process left behind (a thread cannot unmap its own)."""
-    x86 = arch.current()
-    pid, mine = attachment.agent.pid, attachment.agent.tid
-    if older_agents(pid, mine):
-        return
-    for vma in procfs.maps(pid):
-        # Pages of several agents that lie side by side are one mapping.
-        if vma.perms != "r-xp" or vma.inode or vma.end - vma.start > _MOST_LEFTOVERS * x86.CODE_BYTES:
-            continue
-        for page in range(vma.start, vma.end, x86.CODE_BYTES):
-            if page != attachment.code and os.pread(memory, len(x86.AGENT), page) == x86.AGENT:
-                attachment.agent.call(x86.NR.MUNMAP, page, x86.CODE_BYTES)
-
-
-def older_agents(pid: int, mine: int = 0) -> bool:
-    """True while an older agent than the thread `mine` has not quite ended, or a bootstrap left alone."""
-    return any(_blocks_all_signals(tid) for tid in procfs.threads(pid) if tid != mine)
-
-
-def _blocks_all_signals(tid: int) -> bool:
-    """True for agents and for a thread within the bootstrap; the C library never blocks two of its own."""
-    return procfs.status(tid)["SigBlk"] == _ALL_SIGNALS
 
 
 def _open_memory(pid: int) -> int:

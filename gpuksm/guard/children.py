@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import arch, callers, events, faults, identity, journal
 from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.attach import Attachment, attach, older_agents, unmap_leftovers
+from gpuksm.guard.attach import Attachment, attach
 from gpuksm.guard.freeze import Freeze, FreezeFailed
+from gpuksm.guard.leftovers import older_agents, unmap_leftovers
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target, set_coredump_filter
@@ -189,9 +190,8 @@ class Orphan:
 def _settle_ends(guard: Guard, target: Target) -> None:
     """Border pages that are gone, and ends that the guard before us did not get to (frozen)."""
     for page in list(target.borders):
-        vma = target.query(page)
         try:
-            if vma is None or vma.inode == guard.store.inode:
+            if not _may_be_border(target, page):
                 raise OSError
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
         except OSError:
@@ -271,7 +271,7 @@ def adopt_orphans(guard: Guard) -> None:
             )
             if not guard.privileged:
                 guard.tether.hold(guard.targets[orphan.id])
-            with contextlib.suppress(OSError, TargetGone):
+            with contextlib.suppress(OSError, TargetGone, AgentStuck):
                 # Of the dead guard's agent, or inherited from the parent.
                 unmap_leftovers(attachment, guard.targets[orphan.id].memory)
         except TargetGone:
@@ -390,8 +390,16 @@ def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
     runs = _store_mappings(guard, procfs.maps(target.pid))
     for run in runs:
         target.runs.add(run)
-    target.borders = set(borders)
+    target.borders = {page for page in borders if _may_be_border(target, page)}
     guard.journal.append_runs(journal.MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
+
+
+def _may_be_border(target: Target, page: int) -> bool:
+    """False where something else has come to lie: the ledger does not tell what was unmapped since."""
+    vma = target.query(page)
+    if vma is None or vma.inode or vma.flags & procfs.QUERY_EXEC:
+        return False
+    return not target.is_own(page, page + PAGE_SIZE)
 
 
 def _watch_all(target: Target) -> None:

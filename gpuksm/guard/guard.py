@@ -24,11 +24,12 @@ from gpuksm.errors import (
 )
 from gpuksm.guard import arch, callers, children, events, journal, plan, reclaim, restore, tracking
 from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.attach import attach, unmap_leftovers
+from gpuksm.guard.attach import attach
 from gpuksm.guard.attic import Attic
 from gpuksm.guard.commit import Pace, vma_budget
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
 from gpuksm.guard.keeping import Keeping
+from gpuksm.guard.leftovers import unmap_leftovers
 from gpuksm.guard.registry import Registry
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
@@ -100,7 +101,7 @@ class Guard:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
         target.allow_direct_io = allowed.direct_io
         regions, skipped = eligibility.regions(pid, ranges, tracked=True)
-        regions = [region for region in regions if not _is_own_memory(target, region)]
+        regions = [region for region in regions if not target.is_own(region.start, region.end)]
         try:
             with self.frozen(target):
                 pass  # applies pending events, so that tracking starts from a true ledger
@@ -137,7 +138,7 @@ class Guard:
             os.close(link.uffd_track)
             os.close(link.uffd_event)
             raise
-        with contextlib.suppress(OSError, TargetGone):
+        with contextlib.suppress(OSError, TargetGone, AgentStuck):
             unmap_leftovers(link, target.memory)
         self.adopt(target)
         if not self.privileged:
@@ -442,14 +443,6 @@ def _budget(pid: int) -> int | None:
         return vma_budget(pid)
     except (TargetGone, GpuksmError):
         return None
-
-
-def _is_own_memory(target: Target, region: eligibility.Region) -> bool:
-    """True for the agent's code page and control block."""
-    machine = arch.current()
-    block, code = target.link.agent.block, target.link.code
-    own = ((block, block + machine.BLOCK_BYTES), (code, code + machine.CODE_BYTES))
-    return any(region.start < end and start < region.end for start, end in own)
 
 
 def _lives(target: Target) -> bool:

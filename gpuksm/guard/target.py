@@ -89,6 +89,12 @@ class Target:
         """The VMA that covers `address`, or None."""
         return procfs.query_vma(self.maps, address, or_next=False)
 
+    def is_own(self, start: int, end: int) -> bool:
+        """True when the agent's code page or control block lies in [start, end)."""
+        machine, block, code = arch.current(), self.link.agent.block, self.link.code
+        own = ((block, block + machine.BLOCK_BYTES), (code, code + machine.CODE_BYTES))
+        return any(start < high and low < end for low, high in own)
+
     def is_watched_behind(self, address: int) -> bool:
         """True when the page at `address` raises events: merged, or a border page."""
         return address in self.borders or self.runs.at(address) is not None

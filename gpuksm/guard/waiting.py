@@ -75,7 +75,13 @@ def find(folder: Path) -> dict[str, int]:
     newest = max((found.home.c for found in held), default=0)
     result: dict[str, int] = {}
     for found in held:
-        if found.home.c != newest or f"event:{found.target}" in result:
+        if found.home.c != newest:
+            found.close()
+            continue
+        if f"event:{found.target}" in result:
+            # Of a takeover that was broken off: one of two was to end, and both hold the same.
+            with contextlib.suppress(OSError):
+                os.eventfd_write(found.word, 1)
             found.close()
             continue
         result[f"event:{found.target}"] = found.event

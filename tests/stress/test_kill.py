@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,43 @@ def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World, point: st
         while left := processes.left_behind(was, processes.footprint(victim.pid)):
             assert time.monotonic() < deadline, left
             time.sleep(0.01)
+
+
+def test_a_code_page_that_is_watched_does_not_keep_a_successor_out(world: World) -> None:
+    """It may lie where a border page was, which the ledger still tells of; unmapping it would wait for us."""
+    victims = [world.victim("purge", 1) for _ in range(2)]
+    world.scan(*victims)
+    guard = world.guard_pid()
+    pages = [mapping.start for victim in victims for mapping in processes.anonymous_code(victim.pid)]
+    watched = 0
+    handle = os.pidfd_open(guard)
+    for entry in Path(f"/proc/{guard}/fd").iterdir():
+        if os.readlink(entry) != "anon_inode:[userfaultfd]":
+            continue
+        features = Path(f"/proc/{guard}/fdinfo/{entry.name}").read_text().split("API:")[1].split(":")[1]
+        if int(features, 16) & uffd.FEATURE_EVENT_UNMAP:
+            stolen = pidfd.steal(handle, int(entry.name))
+            for page in pages:
+                with contextlib.suppress(OSError):  # another's
+                    uffd.register(stolen, page, 4096)
+                    watched += 1
+            os.close(stolen)
+    os.close(handle)
+    assert watched == len(pages) == 2
+    os.kill(guard, signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        successor = pool.submit(world.guard_pid)
+        while not successor.done():
+            for task in (task for victim in victims for task in Path(f"/proc/{victim.pid}/task").iterdir()):
+                with contextlib.suppress(OSError):  # it has just ended
+                    wait = (task / "wchan").read_text()
+                    assert wait != "userfaultfd_event_wait_completion", "an agent waits for its guard"
+    assert successor.result() != guard
+    for victim in victims:
+        victim.ask("run span")
+        victim.verify()
+        assert sum(mapping.pages for mapping in processes.anonymous_code(victim.pid)) == 1
+    assert world.request("unmerge", pids=None)["failed"] == {}
 
 
 def test_a_successor_watches_all_that_is_merged(world: World) -> None:
