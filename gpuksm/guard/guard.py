@@ -22,7 +22,7 @@ from gpuksm.errors import (
     TargetGone,
     Unsupported,
 )
-from gpuksm.guard import arch, callers, children, events, journal, plan, reclaim, restore, tracking
+from gpuksm.guard import arch, callers, children, events, faults, journal, plan, reclaim, restore, tracking
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
 from gpuksm.guard.attic import Attic
@@ -306,12 +306,13 @@ class Guard:
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """events.Host: remember the child; it is adopted as soon as the parent runs again."""
         orphan = children.forked(self, parent.id, uffd_event, parent.borders, parent.coredump_filter)
+        self.orphans.append(orphan)  # whatever fails from here on, it is served
+        faults.point("fork-read")
         orphan.pid = children.pid_of_fork(parent, freeze, held)
         if orphan.pid is not None:
             with contextlib.suppress(TargetGone):  # a successor need not search for it
                 started = procfs.stat(orphan.pid).start_time
                 self.journal.append(journal.TARGET, orphan.id, orphan.pid, started)
-        self.orphans.append(orphan)
 
     # -- requests --------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from gpuksm.guard import faults, keeper
+from gpuksm.guard import keeper
 from gpuksm.guard.attic import Attic
 from gpuksm.guard.keeper import Patience
 from gpuksm.linux import uffd
@@ -70,7 +70,6 @@ class Keeping:
         event = uffd.parse(data)
         if event is not None and event.kind == uffd.EVENT_FORK:
             attic.inside.add(child)
-            faults.point("fork-read")
             return event._replace(a=self.held[f"event:{child}"])
         return event
 

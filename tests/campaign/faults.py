@@ -166,6 +166,7 @@ def _perform(world: World, run: Run) -> None:
     world.check_nothing_stopped()
     if not run.fired:
         load.shut_down(world)  # with it goes the fault
+        changeling.expect_status = 0
     _must_work(world, run, living(), before, replaced=changeling if run.action == "exec" else None)
 
 

@@ -122,6 +122,17 @@ def test_a_target_that_only_seems_to_be_gone_is_kept(world: World, point: str) -
     _look(victims)
 
 
+def test_a_child_is_served_whatever_fails_after_its_fork_was_read(world: World) -> None:
+    victims = [world.victim("forks") for _ in range(2)]
+    pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    world.extra_env["GPUKSM_FAULT"] = "fork-read:1:esrch"
+    world.gpuksm("scan", *pids)
+    for victim in victims:
+        victim.ask("run drops")
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    _look(victims)
+
+
 @pytest.mark.parametrize("turn", [2, 4, 6, 9])
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit-")])
 def test_killed_while_merging_again(world: World, point: str, turn: int) -> None:
