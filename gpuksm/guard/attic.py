@@ -10,8 +10,8 @@ What must hold: what is in it is of use only where guard and keeper have died to
 believed as far as it is a userfaultfd; a process can put descriptors of its own there (it can
 take both ends from its agent).
 
-If we die while taking one out: the others, which we hold for a moment, are lost here, and are with
-the keeper still.
+If we die while taking one out: of the others one, which we hold for a moment, may be lost here, and is
+with the keeper still.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpuksm.linux import uffd
 _BYTES = 16
 _MOST = 100_000
 _QUEUE_BYTES = 64 << 20  # a message takes about 1 KiB
-_SO_SNDBUFFORCE = 32
+_SO_SNDBUFFORCE, _SO_PEEK_OFF = 32, 42
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
@@ -39,24 +39,41 @@ def put(sending: int, number: int, uffd_event: int) -> bool:
     return False
 
 
-def take_all(receiving: int) -> dict[int, int]:
-    """Everything in the queue, by number; every descriptor is the caller's to close."""
+def copies(receiving: int) -> dict[int, int]:
+    """Duplicates of all that is in the queue, by number; every descriptor is the caller's to close."""
     found: dict[int, int] = {}
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(receiving)) as end:
-        for _ in range(_MOST):
-            # Not recv_fds, which takes flags and does not pass them on.
-            data, rights, _, _ = end.recvmsg(_BYTES, socket.CMSG_LEN(4), _FLAGS)
-            if not data:
-                break
-            fds = array.array("i", b"".join(each for _, kind, each in rights if kind == socket.SCM_RIGHTS))
-            number = int(data) if data.isdigit() else -1
-            for fd in fds:
-                if number < 0 or number in found or not uffd.is_one(fd):
+    with socket.socket(fileno=os.dup(receiving)) as end:
+        # Looking at the messages one after the other takes none out (Linux 3.4, unix(7)).
+        end.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+        try:
+            for _ in range(_MOST):
+                if (message := _receive(end, socket.MSG_PEEK)) is None:
+                    break
+                number, fd = message
+                if fd is not None and found.setdefault(number, fd) != fd:
                     os.close(fd)
-                    continue
-                os.set_blocking(fd, False)
-                found[number] = fd
+        finally:
+            end.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
     return found
+
+
+def _receive(end: socket.socket, flags: int) -> tuple[int, int | None] | None:
+    """Number and userfaultfd (None for what is none) of the next message, or None."""
+    try:
+        # Not recv_fds, which takes flags and does not pass them on.
+        data, rights, _, _ = end.recvmsg(_BYTES, socket.CMSG_LEN(4), _FLAGS | flags)
+    except OSError:
+        return None
+    if not data:
+        return None
+    fds = array.array("i", b"".join(each for _, kind, each in rights if kind == socket.SCM_RIGHTS))
+    good = [fd for fd in fds if data.isdigit() and uffd.is_one(fd)]
+    for fd in fds:
+        if fd in good:
+            os.set_blocking(fd, False)
+        else:
+            os.close(fd)
+    return int(data) if data.isdigit() else -1, good[0] if good else None
 
 
 class Attic:
@@ -70,16 +87,14 @@ class Attic:
                     one.setsockopt(socket.SOL_SOCKET, option, _QUEUE_BYTES)
             sending, receiving = one.detach(), other.detach()
         self.sending, self.receiving = sending, receiving
-        self.inside: set[int] = set()
-        for fd in self.copies().values():
+        found = copies(receiving)
+        self.inside = set(found)
+        for fd in found.values():
             os.close(fd)
 
     def copies(self) -> dict[int, int]:
         """Duplicates of all that is there, by number."""
-        found = take_all(self.receiving)
-        copies = {number: os.dup(fd) for number, fd in found.items()}
-        self._put_back(found)
-        return copies
+        return copies(self.receiving)
 
     def put(self, number: int, uffd_event: int) -> None:
         """Put the userfaultfd of process `number` there, unless it is."""
@@ -90,12 +105,17 @@ class Attic:
         """Take out what is there of process `number`."""
         if number not in self.inside:
             return
-        found = take_all(self.receiving)
-        if number in found:
-            os.close(found.pop(number))
-        self._put_back(found)
-
-    def _put_back(self, found: dict[int, int]) -> None:
-        self.inside = {number for number, fd in found.items() if put(self.sending, number, fd)}
-        for fd in found.values():
-            os.close(fd)
+        self.inside.discard(number)
+        seen: set[int] = set()
+        with socket.socket(fileno=os.dup(self.receiving)) as end:
+            # Each of the others is out of the queue for a moment only.
+            while (message := _receive(end, 0)) is not None:
+                other, fd = message
+                if fd is None:
+                    continue
+                if other != number and not put(self.sending, other, fd):
+                    self.inside.discard(other)
+                os.close(fd)
+                if other == number or other in seen:
+                    return
+                seen.add(other)
