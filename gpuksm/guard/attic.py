@@ -20,6 +20,7 @@ import array
 import contextlib
 import os
 import socket
+import sys
 
 from gpuksm.linux import uffd
 
@@ -32,11 +33,17 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 def put(sending: int, number: int, uffd_event: int) -> bool:
     """Put the userfaultfd of process `number` into the queue; one that is full takes nothing more."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sending)) as end:
-        rights = array.array("i", [uffd_event])
-        end.sendmsg([b"%d" % number], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
-        return True
-    return False
+    with socket.socket(fileno=os.dup(sending)) as end:
+        return send(end, b"%d" % number, uffd_event.to_bytes(4, sys.byteorder))
+
+
+def send(end: socket.socket, number: bytes, rights: bytes) -> bool:
+    """As `put`, on a socket; `rights` is the descriptor's number, an int of C."""
+    try:
+        end.sendmsg([number], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
 
 
 def copies(receiving: int) -> dict[int, int]:

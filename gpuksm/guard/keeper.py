@@ -113,11 +113,14 @@ def _read_fork(link: socket.socket, kept: dict[str, int], parent: str, child: st
     Read by the guard, it would have one holder for a moment, and with the guard's death none:
     the child would go on with merged memory that nobody answers for.
     """
-    data = uffd.read_message(kept[parent]) if parent in kept else b""
-    fd = uffd.forked(data)
-    if fd is not None:
-        kept[child] = fd
-        attic.put(kept["attic-in"], int(child.partition(":")[2]), fd)
+    fd = None
+    with socket.socket(fileno=os.dup(kept["attic-in"])) as queue:
+        number = child.partition(":")[2].encode()
+        data = uffd.read_message(kept[parent]) if parent in kept else b""
+        # Until the next line is done our death and the guard's would leave the child to nobody.
+        if data and data[0] == uffd.EVENT_FORK:
+            attic.send(queue, number, data[uffd.FORKED])
+            kept[child] = fd = int.from_bytes(data[uffd.FORKED], sys.byteorder)
     with contextlib.suppress(OSError):  # the guard has just died: its successor is told of the child
         socket.send_fds(link, [data or NOTHING], [] if fd is None else [fd])
 

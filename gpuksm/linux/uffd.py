@@ -35,6 +35,7 @@ UFFDIO_WRITEPROTECT = 0xC018AA06
 
 EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
 _MESSAGE = struct.Struct("<B7xQQQ")
+FORKED = slice(8, 12)  # of a fork event's message: the child's userfaultfd, an int of C
 _API = struct.Struct("<QQQ")
 _REGISTER = struct.Struct("<QQQQ")
 _RANGE = struct.Struct("<QQ")
@@ -106,7 +107,7 @@ def is_one(fd: int) -> bool:
 def read_message(fd: int) -> bytes:
     """What the next event reads as, for `parse`; nothing when there is none (the descriptor is non-blocking).
 
-    Reading a fork event opens the child's userfaultfd in this process: see `forked`.
+    Reading a fork event opens the child's userfaultfd in this process: see `FORKED`.
     """
     try:
         return os.read(fd, _MESSAGE.size)
@@ -120,12 +121,6 @@ def parse(data: bytes) -> Event | None:
         return None
     kind, a, b, c = _MESSAGE.unpack(data)
     return Event(kind, a & 0xFFFFFFFF if kind == EVENT_FORK else a, b, c)
-
-
-def forked(data: bytes) -> int | None:
-    """The child's userfaultfd, where `data` is that of a fork event."""
-    event = parse(data)
-    return event.a if event is not None and event.kind == EVENT_FORK else None
 
 
 def read_event(fd: int) -> Event | None:
