@@ -14,8 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
-from gpuksm.guard import keeper, recovery, waiting
-from gpuksm.guard.attic import Attic
+from gpuksm.guard import attic, keeper, recovery, waiting
 from gpuksm.guard.guard import Guard
 from gpuksm.guard.journal import BORN, HOME, Journal
 from gpuksm.guard.keeping import Keeping
@@ -39,7 +38,7 @@ def _look_for_agents(folder: Path, keeping: Keeping, inherited: dict[str, int]) 
     for tag, fd in inherited.items():
         if tag != "store":  # with that our successor will believe that it has all
             keeping.keep(tag, fd)
-    for number, fd in Attic(inherited["attic-in"], inherited["attic-out"]).copies().items():
+    for number, fd in attic.copies(inherited["attic-out"]).items():
         if f"event:{number}" in inherited:
             os.close(fd)
             continue
@@ -52,8 +51,8 @@ def _guard(folder: Path, keeping: Keeping, inherited: dict[str, int]) -> Guard:
     first, anew = "store" not in inherited, "private" not in inherited
     store = Store(inherited.pop("store", None))
     journal = Journal(inherited.pop("ledger", None), inherited.pop("private", None))
-    attic = Attic(inherited.pop("attic-in", None), inherited.pop("attic-out", None))
-    guard = Guard(keeping, store, journal, attic)
+    ends = attic.Attic(inherited.pop("attic-in", None), inherited.pop("attic-out", None))
+    guard = Guard(keeping, store, journal, ends)
     if first:
         guard.store_born = procfs.stat(os.getpid()).start_time
         journal.append(HOME, 0, waiting.home(folder), store.inode, guard.store_born)
@@ -61,7 +60,7 @@ def _guard(folder: Path, keeping: Keeping, inherited: dict[str, int]) -> Guard:
         guard.seed = int.from_bytes(os.urandom(8), "little")
         journal.append(BORN, 0, guard.seed)
     held = {"ledger": journal.fd, "private": journal.private_fd}
-    held |= {"attic-in": attic.sending, "attic-out": attic.receiving, "store": store.fd}
+    held |= {"attic-in": ends.sending, "attic-out": ends.receiving, "store": store.fd}
     for tag, fd in held.items():  # the store last
         keeping.keep(tag, fd)
     if not first:

@@ -99,10 +99,6 @@ class Attic:
         for fd in found.values():
             os.close(fd)
 
-    def copies(self) -> dict[int, int]:
-        """Duplicates of all that is there, by number."""
-        return copies(self.receiving)
-
     def put(self, number: int, uffd_event: int) -> None:
         """Put the userfaultfd of process `number` there, unless it is."""
         if number not in self.inside and put(self.sending, number, uffd_event):

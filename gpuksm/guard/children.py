@@ -10,7 +10,10 @@ No MADV_DONTNEED of merged memory in a child shows old bytes.  The
 child's own thread may already wait in such a call when we get to it.  That event has
 to be read first, as the agent cannot start before the thread stops; it is zeroed
 before the thread goes on.  Before it is read, the ledger notes the range, and a touch
-of merged memory in it is made to wait (UFFDIO_REGISTER_MODE_MINOR).
+of merged memory in it is made to wait (UFFDIO_REGISTER_MODE_MINOR).  The same holds for what a
+move shows of the store, the tail that it has grown or the place that MREMAP_DONTUNMAP left; where
+that is the event says, so that it is done right after reading it, before the caller, which is
+being stopped, is back in its program.
 
 If we die after reading such an event, the child goes on and waits where it touches the
 range; our successor finds it in the ledger and puts zeros there.  Until then a system
@@ -111,7 +114,40 @@ class Orphan:
                 self.guard.orphans.append(child)
             else:
                 self.read.append(Read(event, _size_asked_for(event, calls)))
+                if event.kind == uffd.EVENT_REMAP:
+                    self._bar_what_a_move_shows(self.guard, self.uffd_event, self.pid, calls)
             faults.point("child-event-read")
+
+    def _bar_what_a_move_shows(
+        self, guard: Guard, uffd_event: int, pid: int, calls: list[callers.Call]
+    ) -> None:
+        """After reading a move: what shows the store is like discarded, what was discarded moves along."""
+        event, grown = self.read[-1]
+        old, new, size = event.a, event.b, event.c
+        end = new + (size if grown is None else max(size, grown))
+        moved = [
+            (max(start, old) + new - old, min(stop, old + size) + new - old)
+            for start, stop in self.discards
+            if start < old + size and old < stop
+        ]
+        self._keep_discards_outside(guard, new, end)  # whatever lay there is gone
+        shown = [*moved, (new + size, end)]
+        if any(call == arch.current().NR.MREMAP and _keeps(each, old) for call, each in calls):
+            shown.append((old, old + size))
+        for start, stop in shown:
+            self._make_touches_wait(guard, uffd_event, pid, start, stop)
+
+    def _keep_discards_outside(self, guard: Guard, low: int, high: int) -> None:
+        """Forget of what was discarded the parts in [low, high)."""
+        if not any(start < high and low < end for start, end in self.discards):
+            return
+        below = [(start, min(end, low)) for start, end in self.discards]
+        above = [(max(start, high), end) for start, end in self.discards]
+        self.discards = [(start, end) for start, end in below + above if start < end]
+        self.barred.clear()
+        guard.journal.append(journal.DISCARD, self.id)
+        for start, end in self.discards:
+            guard.journal.append(journal.DISCARD, self.id, start, end)
 
     def _make_touches_wait(self, guard: Guard, uffd_event: int, pid: int, start: int, end: int) -> None:
         """Note a discard that we cannot answer yet, once, and bar what is merged there.
@@ -168,12 +204,6 @@ class Orphan:
         _take_runs(self.guard, target, self.borders)
         for index, (event, grown) in enumerate(self.read):
             _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
-            if event.kind == uffd.EVENT_REMAP:
-                self.discards += [
-                    (max(start, event.a) + event.b - event.a, min(end, event.a + event.c) + event.b - event.a)
-                    for start, end in self.discards
-                    if start < event.a + event.c and event.a < end
-                ]
         for start, end in self.discards:
             events.zero(self.guard, target, start, end)
         if target.unwiped:
@@ -421,6 +451,11 @@ def _size_asked_for(event: uffd.Event, calls: list[callers.Call]) -> int | None:
             # Of several mappings that move at once none grows.
             return new_size if old == event.a and old_size != new_size else event.c
     return None
+
+
+def _keeps(arguments: tuple[int, ...], old: int) -> bool:
+    """Whether an mremap of [old, ...) leaves that mapped."""
+    return bool(arguments[3] & events.MREMAP_DONTUNMAP) and arguments[0] == old
 
 
 def _late(

@@ -45,7 +45,7 @@ from gpuksm.guard.target import MAP_FIXED, Target, protection
 from gpuksm.linux import procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
-_MREMAP_FIXED, _MREMAP_DONTUNMAP = 2, 4
+_MREMAP_FIXED, MREMAP_DONTUNMAP = 2, 4
 _CALLER_NS = 5_000_000_000  # for a caller to get from its event to its stop; microseconds of its own time
 _ZEROS = bytes(64 * PAGE_SIZE)
 
@@ -293,7 +293,7 @@ def _moved(
     new = fixed if flags & _MREMAP_FIXED else _find_moved(host, target, moved[0], old)
     if new is None:
         return
-    keeps = bool(flags & _MREMAP_DONTUNMAP)
+    keeps = bool(flags & MREMAP_DONTUNMAP)
     if new != old:
         kept = min(_round_up(old_size), _round_up(new_size))
         arrived = list(_arrived(host, target, moved, old, old + kept, new - old, keeps))

@@ -10,6 +10,8 @@ import pytest
 from tests import requirements_env
 from tests.stress.test_kill import KILLS
 from tests.support import processes
+from tests.support.merging import scan_until_merged
+from tests.support.scripts import LIBC
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -86,3 +88,71 @@ def test_both_are_killed_while_they_are_at_work(world: World) -> None:
     for victim in victims:
         victim.verify()
         assert processes.store_mappings(victim.pid) == []
+
+
+# Moves page 8 away, growing it, to a place of its own or the kernel's choice, or leaves its place mapped.
+_MOVER = (
+    LIBC
+    + """
+import sys
+PAGES = 24
+at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
+assert libc.mprotect(at, PAGES * 4096, 3) == 0
+room = libc.mmap(None, 64 * 4096, 0, 0x4022, -1, 0)
+def content(key):
+    return key.to_bytes(8, "little") * 512
+expected = {at + page * 4096: 1 + page for page in range(PAGES)}
+for place, key in expected.items():
+    ctypes.memmove(place, content(key), 4096)
+print("READY area=%#x:%d" % (at, PAGES), flush=True)
+for line in sys.stdin:
+    word = line.strip()
+    if word == "quit":
+        break
+    old, pages, new = at + 8 * 4096, 0, 0
+    if word == "fixed":
+        pages, new = 6, libc.mremap(old, 4096, 6 * 4096, 3, room)
+    if word == "anywhere":
+        pages, new = 6, libc.mremap(old, 4096, 6 * 4096, 1, 0)
+    if word == "kept":
+        pages, new = 1, libc.mremap(old, 4096, 4096, 5, 0)
+    if pages:
+        assert new and new != 2**64 - 1, ctypes.get_errno()
+        del expected[old]
+        expected |= {new + page * 4096: 0 for page in range(pages)} | {new: 9}
+        if word == "kept":
+            expected[old] = 0
+    wrong = [hex(place) for place, key in expected.items() if ctypes.string_at(place, 4096) != content(key)]
+    if word == "write":
+        for place in expected:
+            expected[place] += 1000
+            ctypes.memmove(place, content(expected[place]), 4096)
+    print("CORRUPT pages %s" % wrong if wrong else "OK", flush=True)
+"""
+)
+
+
+@pytest.mark.parametrize("action", ["fixed", "anywhere", "kept"])
+@pytest.mark.parametrize("fault", ["eagain", "kill"])
+def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
+    world: World, action: str, fault: str
+) -> None:
+    """The move's event has been read, and its caller goes on, before there is an agent to map zeros."""
+    requirements_env.need("thread_pidfd")
+    victims = [world.python(_MOVER) for _ in range(2)]
+    scan_until_merged(world, victims, ["area"])
+    world.kill_guard_and_keeper()
+    mover = victims[0]
+    mover.send(action)
+    deadline = time.monotonic() + 10
+    while processes.waits_in(mover.pid) != "userfaultfd_event_wait_completion":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    world.extra_env["GPUKSM_FAULT"] = f"child-event-read:1:{fault}"
+    world.gpuksm("status", "--json")
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    mover.answer()
+    world.guard_pid()
+    for word in ("verify", "write", "verify"):
+        mover.ask(word)
+    victims[1].verify()
