@@ -30,15 +30,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpuksm.errors import GpuksmError, TargetGone, Unsupported
-from gpuksm.guard import arch, callers, events, faults, identity, journal
-from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.attach import Attachment, attach
-from gpuksm.guard.freeze import Freeze, FreezeFailed
-from gpuksm.guard.leftovers import older_agents, unmap_leftovers
+from gpuksm.errors import GpuksmError, TargetGone
+from gpuksm.guard import arch, callers, events, faults, journal
+from gpuksm.guard.attach import Attachment
+from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
-from gpuksm.guard.target import Target, set_coredump_filter
+from gpuksm.guard.target import Target
 from gpuksm.linux import procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
@@ -46,10 +44,6 @@ if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
 
 _FORK_NS = 100_000_000
-_RETRY_SECONDS = 0.05
-_SEARCHES = 40
-_SETTLE_SECONDS = 2.0
-_DISMISSAL_SECONDS = 0.05
 _BOOTSTRAP_MAPPINGS = 2  # the agent's code page and its control block
 
 
@@ -187,7 +181,7 @@ class Orphan:
         """attach.ForkedChild: a child that has called exec is nobody's business any more."""
         assert self.guard is not None
         assert self.pid is not None
-        if not _maps_store(self.guard, self.pid):
+        if not maps_store(self.guard, self.pid):
             raise TargetGone(f"process {self.pid} has started another program")
 
     def inside(self, attachment: Attachment) -> None:
@@ -266,141 +260,8 @@ def _in_our_namespace(parent: int, number: int) -> int | None:
     return None
 
 
-def adopt_orphans(guard: Guard) -> None:
-    """Try to adopt every orphan that is due; those that cannot be yet stay, their events waiting."""
-    for orphan in list(guard.orphans):
-        if time.monotonic() < orphan.due:
-            continue
-        if orphan.uffd_event is not None and not uffd.memory_exists(orphan.uffd_event):
-            _let_go(guard, orphan)
-            continue
-        if orphan.pid is not None and _is_anothers(orphan):
-            orphan.pid = None
-        if orphan.pid is None:
-            orphan.pid = _search(guard, orphan)
-            orphan.guessed = True
-        if orphan.pid is None and (orphan.uffd_event is not None or orphan.tries < _SEARCHES):
-            # Not visible yet, or one of several: its events wait.
-            orphan.tries += 1
-            orphan.due = time.monotonic() + _RETRY_SECONDS
-            continue
-        if orphan.pid is None or not _alive(orphan.pid):
-            _let_go(guard, orphan)
-            continue
-        guard.orphans.remove(orphan)
-        orphan.guard = guard
-        _dismiss_agent(guard, orphan)
-        try:
-            attachment = attach(
-                orphan.pid,
-                guard.gifts(),
-                guard.census,
-                fork_events=guard.privileged,
-                tethered=orphan.tethered,
-                child=orphan,
-            )
-            if not guard.privileged:
-                guard.tether.hold(guard.targets[orphan.id])
-            with contextlib.suppress(OSError, TargetGone, AgentStuck):
-                # Of the dead guard's agent, or inherited from the parent.
-                unmap_leftovers(attachment, guard.targets[orphan.id].memory)
-        except TargetGone:
-            _let_go(guard, orphan)
-        except (FreezeFailed, AgentStuck, Unsupported, OSError):
-            if not _maps_store(guard, orphan.pid):
-                _let_go(guard, orphan)  # it called exec, or unmapped everything
-                continue
-            if orphan.guessed:
-                orphan.pid = None
-            orphan.tries += 1
-            orphan.due = time.monotonic() + _RETRY_SECONDS
-            guard.orphans.append(orphan)
-
-
-def settle(guard: Guard) -> list[int]:
-    """Wait until orphans are adopted, as far as that goes in reasonable time; pids of the others."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while guard.orphans and time.monotonic() < deadline:
-        guard.breathe()
-        time.sleep(_RETRY_SECONDS / 10)
-    return [orphan.pid for orphan in guard.orphans if orphan.pid is not None]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return procfs.stat(pid).state not in "ZX"
-    except TargetGone:
-        return False
-
-
-def _let_go(guard: Guard, orphan: Orphan) -> None:
-    if orphan in guard.orphans:
-        guard.orphans.remove(orphan)
-    if orphan.id in guard.targets:
-        guard.drop(guard.targets[orphan.id])
-        return
-    _dismiss_agent(guard, orphan)
-    guard.attic.remove(orphan.id)
-    guard.tether.let_go(orphan.tethered)
-    if orphan.pid is not None and orphan.coredump_filter is not None:
-        set_coredump_filter(orphan.pid, orphan.coredump_filter)
-    guard.keep(f"event:{orphan.id}", None)
-    if orphan.uffd_event is not None:
-        os.close(orphan.uffd_event)
-
-
-def _dismiss_agent(guard: Guard, orphan: Orphan) -> None:
-    """Let the agent of the guard before us end, and wait a moment for that: it has mappings, and
-    userfaultfds that write tracking would meet."""
-    if orphan.word is None:
-        return
-    if orphan.uffd_event is not None:
-        guard.attic.put(orphan.id, orphan.uffd_event)
-    os.set_blocking(orphan.word, False)
-    with contextlib.suppress(OSError):
-        os.eventfd_write(orphan.word, 1)
-    guard.keep(f"word:{orphan.id}", None)
-    os.close(orphan.word)
-    orphan.word = None
-    deadline = time.monotonic() + _DISMISSAL_SECONDS
-    with contextlib.suppress(GpuksmError):
-        while orphan.pid is not None and older_agents(orphan.pid) and time.monotonic() < deadline:
-            time.sleep(_DISMISSAL_SECONDS / 100)
-
-
-def _is_anothers(orphan: Orphan) -> bool:
-    """True when the orphan's userfaultfd is known not to watch the process that it is taken for."""
-    if orphan.uffd_event is None or orphan.pid is None:
-        return False
-    return identity.watches(orphan.uffd_event, orphan.pid) is False
-
-
-def _search(guard: Guard, orphan: Orphan) -> int | None:
-    """The process whose memory the orphan's userfaultfd watches: one that maps the store and is nobody's.
-
-    Where the kernel does not show which (a process that can have no mapping more), the
-    only one that there is, unless it waits for an event and the userfaultfd has none.
-    """
-    known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
-    strays = [pid for pid in procfs.pids() if pid not in known and pid != os.getpid()]
-    strays = [pid for pid in strays if _maps_store(guard, pid)]
-    if orphan.uffd_event is None:
-        return strays[0] if len(strays) == 1 else None
-    shown = {pid: identity.watches(orphan.uffd_event, pid) for pid in strays}
-    for pid, watched in shown.items():
-        if watched:
-            return pid
-    if len(strays) != 1 or shown[strays[0]] is False:
-        return None
-    try:
-        if callers.anyone_waits(strays[0]) and not callers.readable(orphan.uffd_event):
-            return None
-    except (TargetGone, GpuksmError):
-        return None
-    return strays[0]
-
-
-def _maps_store(guard: Guard, pid: int) -> bool:
+def maps_store(guard: Guard, pid: int) -> bool:
+    """Whether process `pid` maps the store."""
     try:
         return any(vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path for vma in procfs.maps(pid))
     except (TargetGone, GpuksmError):

@@ -22,7 +22,19 @@ from gpuksm.errors import (
     TargetGone,
     Unsupported,
 )
-from gpuksm.guard import arch, callers, children, events, faults, journal, plan, reclaim, restore, tracking
+from gpuksm.guard import (
+    adoption,
+    arch,
+    callers,
+    children,
+    events,
+    faults,
+    journal,
+    plan,
+    reclaim,
+    restore,
+    tracking,
+)
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
 from gpuksm.guard.attic import Attic
@@ -289,7 +301,7 @@ class Guard:
                 if callers.readable(target.link.uffd_event):
                     self.serve_events(target)
             self.tether.serve()
-            children.adopt_orphans(self)
+            adoption.adopt_orphans(self)
         finally:
             self._serving = False
 
@@ -330,7 +342,7 @@ class Guard:
 
     def unmerge(self, pids: list[int] | None, max_pause_us: int) -> tuple[int, list[int], dict[str, str]]:
         """Unmerge targets (None: all), in steps; (pages, pauses, {pid: why not})."""
-        late = children.settle(self)
+        late = adoption.settle(self)
         chosen = list(self.targets.values())
         if pids is not None:
             known = {target.pid: target for target in chosen}
@@ -409,7 +421,7 @@ class Guard:
                 target.parked = None
             elif _only_agent_left(target):
                 self.drop(target)  # the agent ends and with it the process (hazard 22)
-        children.adopt_orphans(self)
+        adoption.adopt_orphans(self)
         self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()))
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 
 from gpuksm.errors import GpuksmError
-from gpuksm.guard import children, journal
+from gpuksm.guard import adoption, children, journal
 from gpuksm.guard.guard import Guard
 from gpuksm.linux import procfs
 
@@ -44,7 +44,7 @@ def recover(guard: Guard, inherited: dict[str, int]) -> None:
     for orphan in orphans.values():
         if orphan.uffd_event is not None:
             guard.orphans.append(orphan)
-    children.adopt_orphans(guard)
+    adoption.adopt_orphans(guard)
     guard.reclaimer.soon()  # the guard before us may have had slots to free
 
 

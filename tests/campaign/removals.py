@@ -78,8 +78,10 @@ REMOVALS = (
         "the agent's look at its socket",
         _ASSEMBLED,
         (
-            ("    test %rax, %rax\n    jz leave\n    jmp perform\n", "    jmp perform\n"),
-            ("    testl $4, 4(%rbx)\n    jz perform\n", "    jmp perform\n"),
+            (
+                "    test %rax, %rax\n    jnz perform\n    testl $1, 4(%rbx)\n",
+                "    jmp perform\n    testl $1, 4(%rbx)\n",
+            ),
         ),
         "tests/safety/test_groups.py",
     ),

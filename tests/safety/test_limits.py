@@ -232,10 +232,7 @@ def test_a_user_whose_descriptors_in_flight_are_too_many(world: World) -> None:
         assert "could not hand over its userfaultfds" in done.out + done.err
     for victim, was in zip(victims, before, strict=True):
         victim.verify()
-        deadline = time.monotonic() + 10
-        while left := processes.left_behind(was, processes.footprint(victim.pid)):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+        processes.await_nothing_left(victim.pid, was)
     pids = [part for victim in victims for part in ("--pid", victim.pid)]
     deadline = time.monotonic() + 20
     while (

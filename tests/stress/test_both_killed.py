@@ -41,10 +41,7 @@ def test_a_discard_waits_for_the_next_guard(each_world: World) -> None:
     each_world.unmerge()
     for victim, was in zip(victims, before, strict=True):
         victim.verify()
-        deadline = time.monotonic() + 10
-        while left := processes.left_behind(was, processes.footprint(victim.pid)):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+        processes.await_nothing_left(victim.pid, was)
 
 
 def test_a_fork_waits_for_the_next_guard(world: World) -> None:

@@ -236,11 +236,8 @@ def test_a_copy_that_a_dead_guard_was_making_is_unmapped(world: World, point: st
     world.scan(*victims)
     assert world.gpuksm("unmerge", "--all").code != 0
     world.unmerge()
-    deadline = time.monotonic() + 10
     for victim, was in zip(victims, before, strict=True):
-        while left := processes.left_behind(was, processes.footprint(victim.pid)):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.01)
+        processes.await_nothing_left(victim.pid, was)
 
 
 def test_a_code_page_that_is_watched_does_not_keep_a_successor_out(world: World) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +129,14 @@ def left_behind(before: Footprint, after: Footprint) -> list[str]:
     ):
         said += [f"{text}: {start:#x}-{end:#x} {perms} {path}" for start, end, perms, path in sorted(areas)]
     return said
+
+
+def await_nothing_left(pid: int, before: Footprint, seconds: float = 10) -> None:
+    """Wait until `pid` is as it was `before`: an agent takes a moment to end."""
+    deadline = time.monotonic() + seconds
+    while left := left_behind(before, footprint(pid)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
 
 
 def _code_page(before: Footprint, after: Footprint) -> set[tuple[int, int, str, str]]:

@@ -204,27 +204,19 @@ alive:
     xor %r9d, %r9d
     syscall
     test %rax, %rax
-    jz leave
-    jmp perform
-linked:
-    testl $4, 4(%rbx)
-    jz perform
-    test %r15, %r15
-    jnz cancelled
-    mov $45, %eax                    # recvfrom, as above
-    mov %r14d, %edi
-    lea 24(%r12), %rsi
-    mov $1, %edx
-    mov $0x42, %r10d
-    xor %r8d, %r8d
-    xor %r9d, %r9d
-    syscall
-    test %rax, %rax
     jnz perform
+    testl $1, 4(%rbx)
+    jz leave
     mov 16(%rbx), %r15
 cancelled:
     mov $-125, %rax                  # -ECANCELED
     jmp result
+linked:
+    testl $4, 4(%rbx)
+    jz perform
+    test %r15, %r15
+    jz alive
+    jmp cancelled
 perform:
     testl $8, 4(%rbx)
     jz 1f
