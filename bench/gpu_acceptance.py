@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpuksm.errors import GpuksmError
 from gpuksm.hashing import cuda, gpus, opencl
 from gpuksm.hashing.cpu import CpuHasher
+from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.cuda import CudaHasher
 from gpuksm.hashing.device import wait
 from gpuksm.hashing.kernels import BLOCK, LANES
@@ -150,20 +151,30 @@ def median_seconds(repeats: int, work: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def conformance(report: Report, device: Any, sizes: Sizes) -> None:
-    """Every kernel and the ways they are used, against the CPU."""
+def whole_backend(report: Report, sizes: Sizes) -> None:
+    """The backend as a scan uses it, against the CPU's; its context goes and comes back in between."""
     for seed in SEEDS:
         source = ArraySource(mixed_pages(sizes.pages - 3, seed & 0xFF))
-        cpu, gpu = CpuHasher(seed), CudaHasher(seed)
-        with report.check(f"digests and kinds, seed {seed:#x}"):
+        with (
+            report.check(f"digests and kinds, seed {seed:#x}"),
+            closing(CpuHasher(seed)) as cpu,
+            closing(CudaHasher(seed)) as gpu,
+        ):
             wanted = digest(cpu, source)
             same(digest(gpu, source), wanted)
             gpu.release()
             same(digest(gpu, source), wanted)
             if not gpu.devices:
                 raise AssertionError("the GPU did not come back after a release")
-        cpu.close()
-        gpu.close()
+            with closing(CudaHasher(seed)) as second:
+                same(digest(second, source), wanted)
+            same(digest(gpu, source), wanted)
+            if not gpu.devices:
+                raise AssertionError("closing a hasher took the GPU from another")
+
+
+def conformance(report: Report, device: Any, sizes: Sizes) -> None:
+    """Every kernel and the ways they are used, against the CPU."""
     with report.check("hash_pages over odd grids"):
         check_grids(device, sizes)
     keys = np.random.default_rng(1).integers(0, sizes.sort_keys // 16, sizes.sort_keys // 16 + 77, np.uint64)
@@ -171,17 +182,13 @@ def conformance(report: Report, device: Any, sizes: Sizes) -> None:
     ordered, order = radix_sort(keys)
     table = ordered[::3].copy()
     match = match_sorted(ordered, table)
-    vendors = device.argsort_key_bytes
-    for name, key_bytes in (("cupy's sort", vendors), ("our radix sort", 0)):
-        device.argsort_key_bytes = key_bytes
-        tables = Tables(device)
-        with report.check(f"{name}, stable"):
-            same(tables.sort(keys), (ordered, order))
-        with report.check(f"match and candidates after {name}"):
-            tables.set_table(table)
-            same((tables.match(ordered),), (match,))
-            same(tables.candidates(keys), candidates_of(ordered, order, match))
-    device.argsort_key_bytes = vendors
+    tables = Tables(device)
+    with report.check("sort, stable"):
+        same(tables.sort(keys), (ordered, order))
+    with report.check("match and candidates"):
+        tables.set_table(table)
+        same((tables.match(ordered),), (match,))
+        same(tables.candidates(keys), candidates_of(ordered, order, match))
 
 
 def check_grids(device: Any, sizes: Sizes) -> None:
@@ -256,26 +263,25 @@ def device_rates(report: Report, device: Any, sizes: Sizes) -> None:
     rates["card to pinned host GB/s"] = 1e-9 * len(staging) / median_seconds(sizes.repeats, bring)
 
 
+def array_rates(report: Report, sizes: Sizes) -> None:
+    """Memory of this process through the whole ring: copies, transfers and kernels beside each other."""
+    octets = np.arange(sizes.device_bytes // 8, dtype=np.uint64).view(np.uint8)
+    source = ArraySource(octets)
+    for make in (CpuHasher, CudaHasher):
+        with closing(make(SEEDS[1])) as hasher:
+            found = digest(hasher, source)  # and the results' memory is there
+            taken = median_seconds(sizes.repeats, lambda: hasher.digest(source, *found))  # noqa: B023
+        report.rates[f"an array's digests on {hasher.name} GB/s"] = 1e-9 * octets.nbytes / taken
+
+
 def sort_rates(report: Report, device: Any, sizes: Sizes) -> None:
-    """Sorting on the card, host to host and in place."""
+    """Sorting from host to host on the card, and on the CPU."""
     keys = np.random.default_rng(2).integers(0, 1 << 64, sizes.sort_keys, np.uint64)
-    count, queue = len(keys), device.queue()
-    million = count / 1e6
-    vendors = device.argsort_key_bytes
-    held = device.buffer(keys.nbytes)
-    queue.upload(held, keys)
-    wait(queue, queue.mark())
-    if vendors:
-        taken = median_seconds(sizes.repeats, lambda: device.argsort(queue, held, count))
-        report.rates["cupy's sort on the card Mkeys/s"] = million / taken
-    for name, key_bytes in (("cupy's sort", vendors), ("our radix sort", 0)):
-        device.argsort_key_bytes = key_bytes
-        tables = Tables(device)
-        taken = median_seconds(sizes.repeats, lambda tables=tables: tables.sort(keys))  # type: ignore[misc]
-        report.rates[f"{name}, host to host Mkeys/s"] = million / taken
-    device.argsort_key_bytes = vendors
-    taken = median_seconds(2, lambda: radix_sort(keys))
-    report.rates["the CPU backend's sort Mkeys/s"] = million / taken
+    million, tables = len(keys) / 1e6, Tables(device)
+    taken = median_seconds(sizes.repeats, lambda: tables.sort(keys))
+    report.rates["sort on the card, host to host Mkeys/s"] = million / taken
+    taken = median_seconds(2, lambda: radix_sort(keys, usable_cpus()))
+    report.rates["sort on the CPU Mkeys/s"] = million / taken
 
 
 def hashers() -> Iterator[tuple[str, Callable[[], Hasher]]]:
@@ -435,6 +441,7 @@ def run(sizes: Sizes) -> Report:
     report = Report()
     if reason := cuda.unavailable():
         raise SystemExit(f"no GPU to accept: {reason}")
+    whole_backend(report, sizes)
     device: Any = cuda.open_devices(importlib.import_module("cupy"), None, None)[0]
     describe(report, device)
     conformance(report, device, sizes)
@@ -443,6 +450,8 @@ def run(sizes: Sizes) -> Report:
     with report.check("sort rates"):
         sort_rates(report, device, sizes)
     device.close()
+    with report.check("rates of arrays"):
+        array_rates(report, sizes)
     with report.check("live processes"):
         live_rates(report, sizes)
     with report.check("memory after a release"):

@@ -10,18 +10,6 @@
 #define MARK_MATCHED 4u     /* is in the table */
 #define CANDIDATE (MARK_EQUAL | MARK_MATCHED)
 
-/* keys_out[i] = keys[places[i]] and order[i] = places[i]: what is left to do after a vendor's
-   argsort, which gives 64-bit places only. */
-KERNEL apply_order(GLOBAL const u64 *RESTRICT keys, GLOBAL const i64 *RESTRICT places, const u32 n,
-                   GLOBAL u64 *RESTRICT keys_out, GLOBAL u32 *RESTRICT order)
-{
-  for (u32 i = BID * BLOCK + TID; i < n; i += NBLOCKS * BLOCK) {
-    const u32 place = (u32)places[i];
-    keys_out[i] = keys[place];
-    order[i] = place;
-  }
-}
-
 /* out[i]: index of the first entry of table (m, ascending) equal to keys[i], else -1. */
 KERNEL match_table(GLOBAL const u64 *RESTRICT keys, const u32 n, GLOBAL const u64 *RESTRICT table, const u32 m,
                    GLOBAL i64 *RESTRICT out)

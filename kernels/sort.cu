@@ -1,11 +1,10 @@
 /* sort.cu - stable radix sort of (u64 key, u32 value) pairs, four bits a pass.
 
-   The sort of devices without a vendor's own.  A tile is BLOCK x SORT_KEYS consecutive
-   pairs and belongs to one group; a thread owns SORT_KEYS consecutive ones, which makes
-   the order of equal keys that of the threads: stable.  A pass is three launches:
-   sort_count (how many of each digit in each tile), scan_counts (where each tile's
-   digits begin), sort_scatter.  Counts are laid out by digit first, tile second, so
-   that one exclusive scan gives the places. */
+   A tile is BLOCK x SORT_KEYS consecutive pairs and belongs to one group; a thread owns
+   SORT_KEYS consecutive ones, which makes the order of equal keys that of the threads:
+   stable.  A pass is three launches: sort_count (how many of each digit in each tile),
+   scan_counts (where each tile's digits begin), sort_scatter.  Counts are laid out by
+   digit first, tile second, so that one exclusive scan gives the places. */
 #include "platform.h"
 
 #define SORT_KEYS 16u

@@ -71,9 +71,8 @@ class FakeCuda:
     def __init__(self, devices: int = 1, memory: int = 1 << 30) -> None:
         self.gpus = [FakeGpu(i, memory) for i in range(devices)]
         self.calls: Counter[str] = Counter()
-        self.trace: list[tuple[str, int]] = []  # (copy in, copy out, kernel or argsort; number of the stream)
+        self.trace: list[tuple[str, int]] = []  # (copy in, copy out or kernel; number of the stream)
         self.slow: dict[str, float] = {}
-        self.stable_sort = True
         self._faults: dict[tuple[str, int], tuple[int, bool]] = {}
         self._lock = threading.Lock()
         self.kernel_lock = threading.Lock()
@@ -182,9 +181,7 @@ def _build(cuda: FakeCuda) -> Any:
     memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
     return SimpleNamespace(
         __version__="fake",
-        ndarray=Column,
         RawModule=lambda **given: RawModule(cuda, **given),
-        argsort=lambda column: _argsort(cuda, column),
         clear_memo=lambda: None,
         cuda=SimpleNamespace(
             runtime=runtime,
@@ -193,14 +190,9 @@ def _build(cuda: FakeCuda) -> Any:
             ),
             memory=memory,
             compiler=SimpleNamespace(CompileException=CompileException),
-            thrust=SimpleNamespace(available=True),
             Device=lambda ordinal: CurrentDevice(cuda, ordinal),
             Stream=lambda non_blocking, priority: _new_stream(cuda, non_blocking, priority),
             Event=lambda block, disable_timing: Event(cuda),
-            MemoryPool=lambda: Pool(cuda),
-            UnownedMemory=lambda pointer, size, owner, device: SimpleNamespace(ptr=pointer, size=size),
-            MemoryPointer=lambda held, offset: SimpleNamespace(ptr=held.ptr + offset, mem=held),
-            using_allocator=lambda allocate: Allocator(cuda, allocate),
         ),
     )
 
@@ -401,60 +393,6 @@ class RawModule:
             stream.add(work)
 
         return launch
-
-
-class Column:
-    """cupy.ndarray over a pointer."""
-
-    def __init__(self, shape: tuple[int], dtype: type[np.generic], memptr: Any) -> None:
-        self.size, self.dtype, self.data = shape[0], dtype, memptr
-
-
-class Pool:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.limits = cuda, [0] * len(cuda.gpus)
-
-    def set_limit(self, size: int) -> None:
-        self.limits[self.cuda.device] = size
-
-    def malloc(self, size: int) -> Any:
-        gpu = self.cuda.gpus[self.cuda.device]
-        if size > self.limits[gpu.ordinal] or sum(gpu.sizes.values()) + size > gpu.total:
-            raise OutOfMemoryError(f"fake: {size} bytes")
-        return SimpleNamespace(ptr=gpu.memory.allocate(size))
-
-    def free_all_blocks(self) -> None:
-        pass
-
-
-class Allocator:
-    def __init__(self, cuda: FakeCuda, allocate: Callable[[int], Any]) -> None:
-        self.cuda, self.allocate = cuda, allocate
-
-    def __enter__(self) -> None:
-        self.cuda.local.allocate = self.allocate
-
-    def __exit__(self, *_error: object) -> None:
-        self.cuda.local.allocate = None
-
-
-def _argsort(cuda: FakeCuda, column: Column) -> Column:
-    gpu = cuda.enter("argsort")
-    stream = cuda.stream
-    assert stream is not None
-    result = Column((column.size,), np.int64, cuda.local.allocate(column.size * 8))
-
-    def work() -> None:
-        keys = gpu.memory.read(column.data.ptr, column.size * 8).view(np.uint64)
-        if cuda.stable_sort:
-            places = np.argsort(keys, kind="stable")
-        else:
-            places = keys.size - 1 - np.argsort(keys[::-1], kind="stable")  # the last of equals comes first
-        gpu.memory.write(result.data.ptr, places.astype(np.int64).view(np.uint8))
-        cuda.trace.append(("argsort", id(stream)))
-
-    stream.add(work)
-    return result
 
 
 def _release_context(cuda: FakeCuda, ordinal: int) -> None:

@@ -64,7 +64,7 @@ RULES: list[tuple[str, set[str], set[str]]] = [
     ("gpuksm.__main__", {"cli"}, set()),
     ("gpuksm", {"api"}, set()),
 ]
-MAY_USE_CTYPES = "gpuksm.linux"
+MAY_USE_CTYPES = ("gpuksm.linux", "gpuksm.hashing.gpus")
 MAY_PRINT = "gpuksm.cli"
 
 MODULES = {

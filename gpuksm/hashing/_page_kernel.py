@@ -235,12 +235,75 @@ _readv: Any = intrinsic(_call_readv)
 _claim: Any = intrinsic(_claim_one)
 
 
+_NUMBERS = types.Array(types.int64, 1, "C", readonly=True)
+
+
 @kernel(
     types.int64(
         types.uint64,
-        types.Array(types.int64, 1, "C", readonly=True),
+        _NUMBERS,
         _READ_ONLY_WORDS,
-        types.Array(types.int64, 1, "C", readonly=True),
+        _NUMBERS,
+        types.int64,
+        types.int64,
+        types.int64,
+        types.uint64,
+        types.uint64,
+        types.uint64[::1],
+    )
+)
+def read_pages(
+    readv: Any,
+    firsts: Any,
+    addresses: Any,
+    pids: Any,
+    first: Any,
+    end: Any,
+    chunk_pages: Any,
+    staging_at: Any,
+    segments_at: Any,
+    segments: Any,
+) -> Any:
+    """Read pages `first` to `end` - 1 of other processes to address `staging_at`, `chunk_pages` a call.
+
+    Stretch i is pages firsts[i] .. firsts[i + 1] - 1, at addresses[i] of process pids[i].  `segments`
+    (2 + 2 * MAX_SEGMENTS), at address `segments_at`, is room to work in.  `readv` is the address of
+    process_vm_readv: calling it from here spares the interpreter.  Returns the first page of a call
+    that did not read everything, or `end`; what lies before it was read.
+    """
+    at, above = 0, pids.size
+    while above - at > 1:
+        middle = (at + above) // 2
+        if firsts[middle] <= first:
+            at = middle
+        else:
+            above = middle
+    page = first
+    while page < end:
+        begin, pid, count = page, pids[at], 0
+        stop = min(end, begin + chunk_pages)
+        while page < stop and count < MAX_SEGMENTS and pids[at] == pid:
+            pages = min(firsts[at + 1], stop) - page
+            segments[2 + 2 * count] = addresses[at] + np.uint64((page - firsts[at]) * PAGE_BYTES)
+            segments[3 + 2 * count] = np.uint64(pages * PAGE_BYTES)
+            count += 1
+            page += pages
+            if page < end and page == firsts[at + 1]:
+                at += 1
+        segments[0] = staging_at + np.uint64((begin - first) * PAGE_BYTES)
+        segments[1] = np.uint64((page - begin) * PAGE_BYTES)
+        got = _readv(readv, pid, segments_at, segments_at + np.uint64(16), np.uint64(count))
+        if got != (page - begin) * PAGE_BYTES:
+            return begin
+    return end
+
+
+@kernel(
+    types.int64(
+        types.uint64,
+        _NUMBERS,
+        _READ_ONLY_WORDS,
+        _NUMBERS,
         types.int64,
         types.int64[::1],
         types.uint64,
@@ -273,10 +336,8 @@ def read_and_hash(
 ) -> Any:
     """Read chunks of pages of other processes and hash them, until none is left to claim.
 
-    Stretch i is pages firsts[i] .. firsts[i + 1] - 1, at addresses[i] of process pids[i].  Every
-    thread has a `staging` of its own, `segments` (2 + 2 * MAX_SEGMENTS) and `failed`, which takes
-    the numbers of the chunks that could not be read whole; returns how many.  `readv` is the
-    address of process_vm_readv: calling it from here spares the interpreter for every chunk.
+    See `read_pages`.  Every thread has a `staging` of its own, `segments`, and `failed`, which takes
+    the numbers of the chunks that could not be read whole; returns how many.
     """
     missing = 0
     while True:
@@ -285,30 +346,10 @@ def read_and_hash(
         if first >= digests.size:
             return missing
         end = min(first + chunk_pages, digests.size)
-        at, above = 0, pids.size
-        while above - at > 1:
-            middle = (at + above) // 2
-            if firsts[middle] <= first:
-                at = middle
-            else:
-                above = middle
-        page = first
-        whole = True
-        while whole and page < end:
-            begin, pid, count = page, pids[at], 0
-            while page < end and count < MAX_SEGMENTS and pids[at] == pid:
-                pages = min(firsts[at + 1], end) - page
-                segments[2 + 2 * count] = addresses[at] + np.uint64((page - firsts[at]) * PAGE_BYTES)
-                segments[3 + 2 * count] = np.uint64(pages * PAGE_BYTES)
-                count += 1
-                page += pages
-                if page < end and page == firsts[at + 1]:
-                    at += 1
-            segments[0] = staging_at + np.uint64((begin - first) * PAGE_BYTES)
-            segments[1] = np.uint64((page - begin) * PAGE_BYTES)
-            got = _readv(readv, pid, segments_at, segments_at + np.uint64(16), np.uint64(count))
-            whole = got == (page - begin) * PAGE_BYTES
-        if whole:
+        got = read_pages(
+            readv, firsts, addresses, pids, first, end, chunk_pages, staging_at, segments_at, segments
+        )
+        if got == end:
             hash_pages(staging, ok, keys, digests[first:end], kinds[first:end])
         else:
             failed[missing] = chunk

@@ -3,10 +3,14 @@
 cupy is imported when a hasher is made, never before, and only where a driver
 is.  Host memory is ordinary memory that is pinned in place (cudaHostRegister),
 so that nothing dangles when a device is lost in the middle of a read.  Device
-memory is taken call by call and counted against the cap; only the temporary
-buffers of cupy's sort come from a pool of ours, limited likewise.  Kernels are
-compiled by NVRTC at first use; cupy keeps the result in its cache folder
+memory is taken call by call and counted against the cap.  Kernels are compiled
+by NVRTC at first use; cupy keeps the result in its cache folder
 (CUPY_CACHE_DIR, ~/.cupy/kernel_cache).
+
+Nothing of cupy's own algorithms is used: its sort (Thrust) holds the context by
+a runtime of its own, so that half a GiB of the device stayed taken after a
+release, and does not work again once that context is gone.  Ours is nearly as
+quick from host to host (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import importlib.util
 import mmap
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,7 +32,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import BackendUnavailable, UsageError
 from gpuksm.hashing import gpus, kernels
-from gpuksm.hashing.device import Budget, DeviceFailed, Queue
+from gpuksm.hashing.device import Budget, DeviceFailed
 from gpuksm.hashing.offload import OffloadHasher
 
 # Share of the free device memory that is used when no cap is given.
@@ -116,11 +122,33 @@ class CupyQueue:
         self.stream = self._event = None
 
 
+class _Contexts:
+    """Who may release the process's one context on a GPU: the last of ours, unless others had it first."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._holders: Counter[int] = Counter()
+        self._foreign: set[int] = set()
+
+    def enter(self, ordinal: int) -> None:
+        """Before a device of ours makes its first call that needs the context."""
+        with self._lock:
+            if not self._holders[ordinal] and gpus.context_active(ordinal):
+                self._foreign.add(ordinal)
+            self._holders[ordinal] += 1
+
+    def leave(self, ordinal: int) -> bool:
+        """When a device of ours has given everything back; True when the context must go as well."""
+        with self._lock:
+            self._holders[ordinal] -= 1
+            return not self._holders[ordinal] and ordinal not in self._foreign
+
+
+_CONTEXTS = _Contexts()
+
+
 class CupyDevice:
     """One GPU; see `Device`."""
-
-    # cupy's sort copies the keys, and CUB needs both columns twice: 8 + 8 + 16, and the result.
-    argsort_key_bytes = 40
 
     def __init__(self, cupy: Any, gpu: gpus.Gpu, cap_bytes: int | None, library: Any, picked: bool) -> None:
         self.cupy, self.ordinal = cupy, gpu.ordinal
@@ -139,19 +167,28 @@ class CupyDevice:
         self._pinned: list[NDArray[np.uint8]] = []
         self._buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()
         self._kernels: dict[str, Any] = {}
+        self._module: Any = None
+        _CONTEXTS.enter(self.ordinal)
+        try:
+            self._begin(cap_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, cap_bytes: int | None) -> None:
+        """The first calls that need the context."""
+        cupy = self.cupy
         with cupy.cuda.Device(self.ordinal):
             free, _total = cupy.cuda.runtime.memGetInfo()
             cap = int(free * _DEFAULT_SHARE) if cap_bytes is None else min(cap_bytes, free)
             self.budget = Budget(cap)
-            self._pool: Any = cupy.cuda.MemoryPool()
-            self._module: Any = cupy.RawModule(
+            self._module = cupy.RawModule(
                 code=kernels.source(), options=(f"-DBLOCK={kernels.BLOCK}",), backend="nvrtc"
             )
             self.kernel("hash_pages")
         # Counted with our context there: in a container our own process may go by another number.
-        self._others = 0 if gpu.handle is None else gpus.other_processes(gpu.handle, library)
-        if not cupy.cuda.thrust.available:
-            self.argsort_key_bytes = 0
+        handle = self._gpu.handle
+        self._others = 0 if handle is None else gpus.other_processes(handle, self._nvml)
 
     def current(self) -> Any:
         """Makes this the calling thread's device; refuses once it is closed."""
@@ -167,7 +204,10 @@ class CupyDevice:
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """See `Device.pinned`."""
-        octets = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        held = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without huge pages
+            held.madvise(mmap.MADV_HUGEPAGE)
+        octets = np.frombuffer(held, np.uint8)
         with self.current():
             self.cupy.cuda.runtime.hostRegister(octets.ctypes.data, size, 0)
         self._pinned.append(octets)
@@ -198,24 +238,6 @@ class CupyDevice:
         self._queues.append(queue)
         return queue
 
-    def argsort(self, queue: Queue, keys: _Buffer, count: int) -> _Buffer:
-        """See `Device.argsort`: CUB's radix sort, by way of cupy and Thrust."""
-        cupy = self.cupy
-        runtime = cupy.cuda.runtime
-        assert isinstance(queue, CupyQueue)
-        places = self.buffer(count * 8)
-        memory = cupy.cuda.UnownedMemory(keys.pointer, keys.size, keys, self.ordinal)
-        with self.current(), cupy.cuda.using_allocator(self._pool.malloc), queue.stream:
-            self._pool.set_limit(size=self.argsort_key_bytes * count + (64 << 20))  # of this device
-            column = cupy.ndarray((count,), np.uint64, memptr=cupy.cuda.MemoryPointer(memory, 0))
-            order = cupy.argsort(column)
-            copy = (places.pointer, order.data.ptr, count * 8, runtime.memcpyDeviceToDevice, queue.stream.ptr)
-            runtime.memcpyAsync(*copy)
-            queue.stream.synchronize()
-            del order
-            self._pool.free_all_blocks()
-        return places
-
     def wanted(self) -> bool:
         """See `Device.wanted`; asks NVML once a second at most."""
         now = time.monotonic()
@@ -244,12 +266,12 @@ class CupyDevice:
                 queue.close()
             self._kernels.clear()
             self._module = None
-            self._pool.free_all_blocks()
             cupy.clear_memo()  # kernels and modules that cupy itself keeps for each device
         self._closed = True
         # Outside of `with`, whose end makes a device current again and would bring a context back.
-        with suppress(*self.failures):
-            cupy.cuda.driver.devicePrimaryCtxRelease(self.ordinal)
+        if _CONTEXTS.leave(self.ordinal):
+            with suppress(*self.failures):
+                cupy.cuda.driver.devicePrimaryCtxRelease(self.ordinal)
 
     def abandon(self) -> None:
         """See `Device.abandon`."""
@@ -301,7 +323,7 @@ def open_devices(cupy: Any, device: str | None, gpu_memory: int | None) -> Seque
     if not count:
         raise BackendUnavailable("CUDA finds no GPU")
     library = gpus.nvml()
-    chosen = gpus.choose([gpus.look(i, bus, library) for i, bus in enumerate(buses)], device)
+    chosen = gpus.choose(gpus.look_at(buses, device, library), device)
     picked = device is None or device == "idle"
     opened: list[CupyDevice] = []
     failed = []

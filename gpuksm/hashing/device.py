@@ -60,7 +60,6 @@ class Device(Protocol):
     name: str
     failures: tuple[type[Exception], ...]  # what calls raise when the device cannot go on
     budget: Budget
-    argsort_key_bytes: int  # device memory a key takes in `argsort`, the result included
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """`size` bytes of host memory that the device can copy from and to by itself."""
@@ -70,12 +69,6 @@ class Device(Protocol):
 
     def queue(self) -> Queue:
         """A new queue, of low priority where the device knows priorities."""
-
-    def argsort(self, queue: Queue, keys: Any, count: int) -> Any:
-        """A buffer with the stable int64 order of `count` u64 keys; None without a vendor's sort.
-
-        What it takes beside the result is not in the budget; see `argsort_key_bytes`.
-        """
 
     def wanted(self) -> bool:
         """True when another process has begun to use a device that was picked because it was idle."""

@@ -3,13 +3,18 @@
 A GPU counts as idle when no other process computes on it and it neither works
 nor holds memory that somebody must own; in containers NVML shows no processes,
 and the other two are what is left.  CUDA and NVML number GPUs differently, so
-they are matched by PCI address.
+they are matched by PCI address.  What NVML calls utilisation is of the past sampling
+period, up to a second long, whoever used it: a GPU that looks busy is looked at
+again before it is called so, or a scanner would find its own last work there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +22,9 @@ from gpuksm.errors import BackendUnavailable, UsageError
 
 IDLE_UTILISATION_PERCENT = 5
 IDLE_MEMORY_SHARE = 0.1
+# Longer than NVML's sampling period, which is between a sixth of a second and one.
+SETTLE_SECONDS = 1.5
+_LOOK_EVERY_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,20 @@ class Gpu:
     @property
     def idle(self) -> bool:
         """True when nobody seems to use it, as far as is known."""
-        return (
-            not self.others
-            and (self.utilisation_percent or 0) <= IDLE_UTILISATION_PERCENT
-            and (self.used_share or 0.0) <= IDLE_MEMORY_SHARE
-        )
+        return self._free and not self._worked
+
+    @property
+    def settling(self) -> bool:
+        """True when it has worked in the past second and nobody seems to have it now."""
+        return self._free and self._worked
+
+    @property
+    def _free(self) -> bool:
+        return not self.others and (self.used_share or 0.0) <= IDLE_MEMORY_SHARE
+
+    @property
+    def _worked(self) -> bool:
+        return (self.utilisation_percent or 0) > IDLE_UTILISATION_PERCENT
 
 
 def nvml() -> Any:
@@ -64,6 +81,37 @@ def look(ordinal: int, bus_id: str, library: Any) -> Gpu:
     except library.NVMLError:
         return Gpu(ordinal, bus_id)
     return Gpu(ordinal, bus_id, handle, _utilisation(handle, library), used, other_processes(handle, library))
+
+
+def look_at(
+    buses: Sequence[str], device: str | None, library: Any, settle_seconds: float = SETTLE_SECONDS
+) -> list[Gpu]:
+    """All GPUs, by ordinal; those that may only just have been used are given time to show it.
+
+    `device` as in `choose`: one idle GPU is enough for None, and none need be idle when they are named.
+    """
+    found = [look(ordinal, bus, library) for ordinal, bus in enumerate(buses)]
+    deadline = time.monotonic() + settle_seconds
+    while device in (None, "idle") and time.monotonic() < deadline:
+        settling = [gpu for gpu in found if gpu.settling]
+        if not settling or (device is None and any(gpu.idle for gpu in found)):
+            break
+        time.sleep(_LOOK_EVERY_SECONDS)
+        for gpu in settling:
+            found[gpu.ordinal] = look(gpu.ordinal, gpu.bus_id, library)
+    return found
+
+
+def context_active(ordinal: int) -> bool:
+    """True when this process already has a primary context on the GPU; creates none."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    handle, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    status = library.cuDeviceGet(ctypes.byref(handle), ordinal)
+    status = status or library.cuDevicePrimaryCtxGetState(handle, ctypes.byref(flags), ctypes.byref(active))
+    return not status and bool(active.value)
 
 
 def other_processes(handle: Any, library: Any) -> int:

@@ -26,9 +26,9 @@ from gpuksm.hashing import selftest
 from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.device import DeviceFailed, DeviceHung, MemoryCapReached
 from gpuksm.hashing.protocol import Hasher, PageSource
-from gpuksm.hashing.ring import SLOT_PAGE_BYTES, SLOT_PAGES, SLOTS, Ring
+from gpuksm.hashing.ring import SLOT_PAGE_BYTES, SLOT_PAGES, Ring, slots_for
 from gpuksm.hashing.sort import match_sorted, radix_sort
-from gpuksm.hashing.source import ArraySource
+from gpuksm.hashing.source import ArraySource, part_of
 from gpuksm.hashing.tables import Candidates, Tables, candidates_of, room_for
 
 if TYPE_CHECKING:
@@ -39,25 +39,12 @@ IDLE_SECONDS = 10.0
 # The ring may take this share of the memory cap; the rest is for sorting.
 _RING_SHARE = 0.5
 _MIN_SLOT_PAGES = 64
+# More readers only wait for each other's memory traffic, and for the bus (docs/gpu.md).
+READERS = 8
 
 T = TypeVar("T")
 Open = Callable[[], Sequence["Device"]]
 Fallback = Callable[[int, int], Hasher]
-
-
-class _Part:
-    """Pages first to end - 1 of another source."""
-
-    def __init__(self, source: PageSource, first: int, end: int) -> None:
-        self._source, self._first, self._end = source, first, end
-
-    @property
-    def pages(self) -> int:
-        return self._end - self._first
-
-    def read(self, first: int, count: int, out: NDArray[np.uint8], ok: NDArray[np.bool_]) -> None:
-        """See `PageSource.read`."""
-        self._source.read(self._first + first, count, out, ok)
 
 
 def _cpu_hasher(seed: int, threads: int) -> Hasher:
@@ -69,9 +56,10 @@ def _cpu_hasher(seed: int, threads: int) -> Hasher:
 class OffloadHasher:
     """`Hasher` on the devices that `open_devices` gives, plus matching against a resident table.
 
-    `threads` read pages (0: one per usable CPU).  Raises BackendUnavailable
-    when no device passes the self-test.  `digest` and the methods on digests
-    may be called from two threads at once and then overlap.
+    `threads` read pages (0: one per usable CPU, at most 8) into `slots` of each
+    device (0: as many as they keep busy).  Raises BackendUnavailable when no device passes
+    the self-test.  `digest` and the methods on digests may be called from two
+    threads at once and then overlap.
     """
 
     def __init__(
@@ -80,15 +68,15 @@ class OffloadHasher:
         seed: int,
         open_devices: Open,
         threads: int = 0,
-        slots: int = SLOTS,
+        slots: int = 0,
         slot_pages: int = SLOT_PAGES,
         idle_seconds: float = IDLE_SECONDS,
         fallback: Fallback = _cpu_hasher,
     ) -> None:
         self.name, self.seed = name, seed
         self._open, self._make_fallback = open_devices, fallback
-        self._threads = threads or usable_cpus()
-        self._shape = slots, slot_pages
+        self._threads = threads or min(usable_cpus(), READERS)
+        self._shape = slots or slots_for(self._threads), slot_pages
         self._idle_seconds = idle_seconds
         self._busy, self._sorting = Lock(), Lock()  # taken in this order
         self._devices: list[Device] = []
@@ -128,7 +116,7 @@ class OffloadHasher:
                 left = self._ring.run(self._readers, source, self.seed, digests, kinds)
             for first, end in left:
                 cpu = self._fallback()
-                cpu.digest(_Part(source, first, end), digests[first:end], kinds[first:end])
+                cpu.digest(part_of(source, first, end), digests[first:end], kinds[first:end])
         self._used()
 
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -176,7 +164,7 @@ class OffloadHasher:
             before = None
             for first in range(0, source.pages, batch_pages):
                 end = min(first + batch_pages, source.pages)
-                self.digest(_Part(source, first, end), digests[first:end], kinds[first:end])
+                self.digest(part_of(source, first, end), digests[first:end], kinds[first:end])
                 if before is not None:
                     yield before.result()
                 before = sorter.submit(self._batch_candidates, digests, first, end)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import BackendUnavailable, UsageError
 from gpuksm.hashing import kernels
-from gpuksm.hashing.device import Budget, DeviceFailed, Queue
+from gpuksm.hashing.device import Budget, DeviceFailed
 from gpuksm.hashing.offload import OffloadHasher
 
 _DEFAULT_SHARE = 0.5
@@ -97,8 +97,6 @@ class OpenClQueue:
 class OpenClDevice:
     """One OpenCL device; see `Device`."""
 
-    argsort_key_bytes = 0
-
     def __init__(self, cl: Any, device: Any, cap_bytes: int | None) -> None:
         self.cl = cl
         self.name = f"{device.name.strip()} ({device.platform.name.strip()})"
@@ -143,9 +141,6 @@ class OpenClDevice:
         queue = OpenClQueue(self)
         self._queues.append(queue)
         return queue
-
-    def argsort(self, queue: Queue, keys: Any, count: int) -> None:
-        """See `Device.argsort`: there is none."""
 
     def wanted(self) -> bool:
         """See `Device.wanted`: OpenCL cannot tell."""

@@ -21,18 +21,25 @@ from numpy.typing import NDArray
 from gpuksm.hashing.device import MemoryCapReached, wait
 from gpuksm.hashing.kernels import BLOCK, LANES
 from gpuksm.hashing.protocol import KIND_UNREADABLE, PAGE_BYTES, PageSource
+from gpuksm.hashing.source import Read, reader_of
 
 if TYPE_CHECKING:
     from gpuksm.hashing.device import Device, Queue
 
-SLOTS = 4
 SLOT_PAGES = 8192
-# Long enough that the cost of a call does not count, short enough to share a slot out.
-READ_PAGES = 1024
+# Readers of one slot.  Every piece of work given to a thread costs the interpreter some 50 us, which
+# is as long as a slot of 32 MiB takes on the bus if there are a dozen; more slots at a time do better.
+READS = 4
+_MIN_READ_PAGES = 256
 # Bytes of device memory a page of a slot takes: the page, its digest, its kind.
 SLOT_PAGE_BYTES = PAGE_BYTES + 8 + 1
 
 Range = tuple[int, int]
+
+
+def slots_for(threads: int) -> int:
+    """Slots of a device: enough for so many readers, and four to wait, copy and hash, but at most 8."""
+    return min(threads // READS + 4, 8)
 
 
 class Slot:
@@ -52,19 +59,20 @@ class Slot:
         self.reads: list[Future[None]] = []
         self._mark: Any = None
 
-    def read(self, readers: Executor, source: PageSource, span: Range) -> None:
+    def read(self, readers: Executor, read: Read, span: Range) -> None:
         """Let the readers fill the staging buffer with pages span[0] to span[1] - 1."""
         self.range = span
         first, end = span
+        step = max(-(-(end - first) // READS), _MIN_READ_PAGES)
         self.reads = [
             readers.submit(
-                source.read,
+                read,
                 at,
-                min(READ_PAGES, end - at),
-                self.staging[(at - first) * PAGE_BYTES : (at - first + READ_PAGES) * PAGE_BYTES],
-                self.ok[at - first : at - first + READ_PAGES],
+                min(step, end - at),
+                self.staging[(at - first) * PAGE_BYTES : (at - first + step) * PAGE_BYTES],
+                self.ok[at - first : at - first + step],
             )
-            for at in range(first, end, READ_PAGES)
+            for at in range(first, end, step)
         ]
 
     def hash(self, seed: int) -> None:
@@ -172,13 +180,14 @@ class Ring:
         `source.read` raises comes through, after all work has ended.
         """
         pages, step = source.pages, step or self.slot_pages
+        read = reader_of(source)
         spans = ((at, min(at + step, pages)) for at in range(0, pages, step))
         flow = _Flow(deque(spans), deque(self._slots))
         try:
             while flow.reading or flow.running or (flow.todo and flow.free):
                 while flow.todo and flow.free:
                     slot = flow.free.popleft()
-                    slot.read(readers, source, flow.todo.popleft())
+                    slot.read(readers, read, flow.todo.popleft())
                     flow.reading.append(slot)
                 if flow.reading:
                     self._launch(flow, seed)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from gpuksm.hashing.protocol import Hasher
 
 SAMPLE_PAGES = 16384
+_BATCHES = 3
 # A backend that is this close to the quickest wins when it costs less CPU time.
 NEARLY = 0.9
+# What importing cupy, opening a context, pinning the ring and the self-tests take; measured in docs/gpu.md.
+GPU_START_SECONDS = 1.0
 # Any of these is there where a GPU's driver is: graphics of any vendor, AMD's and NVIDIA's computing,
 # WSL, Arm's Mali, accelerators.
 _GPU_SIGNS = (
@@ -42,6 +45,7 @@ class Wanted(NamedTuple):
     threads: int
     device: str | None
     gpu_memory: int | None
+    work_bytes: int | None = None
     automatic: bool = False  # no backend was asked for
 
 
@@ -51,9 +55,13 @@ def _cpu(wanted: Wanted) -> Hasher:
     return CpuHasher(wanted.seed, wanted.threads)
 
 
+def _gpu_may_be_here() -> bool:
+    return any(map(os.path.exists, _GPU_SIGNS))
+
+
 def _gpu(name: str, class_name: str, wanted: Wanted) -> Hasher:
     # Loading a GPU's libraries only to find none there takes 0.1 s, a third of a small estimate.
-    if wanted.automatic and wanted.device is None and not any(map(os.path.exists, _GPU_SIGNS)):
+    if wanted.automatic and wanted.device is None and not _gpu_may_be_here():
         raise BackendUnavailable("there is no device file of a GPU")
     try:
         module: Any = importlib.import_module(f"gpuksm.hashing.{name}")
@@ -90,17 +98,20 @@ class Measured(NamedTuple):
 
 
 def measure(hasher: Hasher, pages: int = SAMPLE_PAGES) -> Measured:
-    """Time a second batch of `pages` pages in memory; the first one warms up."""
+    """The quickest of three batches of `pages` pages, read as a scan does, behind one that warms up."""
     import numpy as np
 
-    from gpuksm.hashing.source import ArraySource
+    from gpuksm.hashing.source import OwnMemory
 
     octets = np.arange(pages * PAGE_BYTES // 8, dtype=np.uint64).view(np.uint8)
-    source, digests, kinds = ArraySource(octets), np.empty(pages, np.uint64), np.empty(pages, np.uint8)
+    source, digests, kinds = OwnMemory(octets), np.empty(pages, np.uint64), np.empty(pages, np.uint8)
     hasher.digest(source, digests, kinds)
-    wall, cpu = time.perf_counter(), time.process_time()
-    hasher.digest(source, digests, kinds)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    took = []
+    for _ in range(_BATCHES):
+        wall, cpu = time.perf_counter(), time.process_time()
+        hasher.digest(source, digests, kinds)
+        took.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall, cpu = min(took)
     return Measured(hasher, octets.nbytes / wall, cpu * 2**30 / octets.nbytes)
 
 
@@ -117,12 +128,15 @@ def create(
     threads: int = 0,
     device: str | None = None,
     gpu_memory: int | None = None,
+    work_bytes: int | None = None,
 ) -> tuple[Hasher, str]:
     """(hasher, one line that says why this one).
 
     `backend` is auto, cuda, opencl or cpu; `seed` a 64-bit number; `threads`
     the CPU threads, 0 for one per usable CPU; `device` names a device of cuda
-    or opencl; `gpu_memory` caps the bytes taken on each.  Raises
+    or opencl; `gpu_memory` caps the bytes taken on each; `work_bytes` is how much
+    is to be hashed in all (None: there is no end to it), so that auto opens no
+    GPU for what the CPU has done sooner.  Raises
     BackendUnavailable with what is missing, UsageError for values that make no
     sense.
     """
@@ -132,7 +146,7 @@ def create(
         raise UsageError(f"the seed {seed} is not a 64-bit number")
     if threads < 0:
         raise UsageError(f"{threads} threads make no sense; 0 means one per CPU")
-    wanted = Wanted(seed, threads, device, gpu_memory)
+    wanted = Wanted(seed, threads, device, gpu_memory, work_bytes)
     if backend != "auto":
         if backend == "cpu" and device is not None:
             raise UsageError(f"device {device!r} makes no sense with the cpu backend")
@@ -141,6 +155,12 @@ def create(
 
 
 def _automatic(wanted: Wanted) -> tuple[Hasher, str]:
+    if wanted.work_bytes is not None and wanted.device is None and _gpu_may_be_here():
+        alone = measure(_cpu(wanted))
+        seconds = wanted.work_bytes / alone.bytes_per_second
+        if seconds < GPU_START_SECONDS:
+            return alone.hasher, f"the CPU needs {seconds:.2f} s, less than a GPU takes to start"
+        alone.hasher.close()
     found: list[Hasher] = []
     missing: dict[str, str] = {}
     refused: UsageError | None = None

@@ -6,19 +6,17 @@ The stable tree's sorted column is uploaded once and stays until it is replaced.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuksm.hashing.device import MemoryCapReached, wait
+from gpuksm.hashing.device import DeviceFailed, MemoryCapReached, wait
 from gpuksm.hashing.kernels import BLOCK, DIGIT_BITS, SORT_KEYS
 
 if TYPE_CHECKING:
     from gpuksm.hashing.device import Device, Queue
 
-LOG = logging.getLogger(__name__)
 # Kernels count keys in 32 bits and look a tile ahead.
 MAX_KEYS = 1 << 31
 # Enough groups to fill any device; more only cost launches of idle threads.
@@ -47,7 +45,8 @@ class Tables:
     """Sorting and matching on one device.
 
     Every method raises what `device.failures` lists when the device cannot go
-    on, and MemoryCapReached when its arrays do not fit the cap.
+    on, and MemoryCapReached when its arrays do not fit the cap.  Made only for
+    a device that sorts known keys rightly; DeviceFailed for another.
     """
 
     def __init__(self, device: Device) -> None:
@@ -55,19 +54,15 @@ class Tables:
         self._queue: Queue = device.queue()
         self._table: Any = None
         self._table_size = 0
-        if device.argsort_key_bytes and not self._vendor_sorts():
-            LOG.info("%s: the vendor's sort does not work, ours is used", device.name)
-            device.argsort_key_bytes = 0
+        self._check()
 
-    def _vendor_sorts(self) -> bool:
-        """Whether the vendor's sort gives a known answer; it may want headers that are not here."""
+    def _check(self) -> None:
+        """Let the device sort known keys; raises DeviceFailed when it does so wrongly."""
         keys = np.arange(1000, dtype=np.uint64)[::-1] // np.uint64(3) << np.uint64(50)
-        try:
-            ordered, order = self.sort(keys)
-        except self.device.failures:
-            return False
+        ordered, order = self.sort(keys)
         wanted = np.argsort(keys, kind="stable")
-        return np.array_equal(order, wanted) and np.array_equal(ordered, keys[wanted])
+        if not np.array_equal(order, wanted) or not np.array_equal(ordered, keys[wanted]):
+            raise DeviceFailed(f"{self.device.name} sorts wrongly")
 
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """(sorted, order), stable."""
@@ -116,20 +111,6 @@ class Tables:
 
     def _sorted(self, digests: NDArray[np.uint64]) -> tuple[Any, Any]:
         """Buffers of sorted keys and their order."""
-        count = digests.size
-        key_bytes = self.device.argsort_key_bytes
-        if key_bytes and (key_bytes + 8 + 12) * count <= self.device.budget.left_bytes:
-            keys = self._send(digests)
-            places = self.device.argsort(self._queue, keys, count)
-            sorted_keys, order = self.device.buffer(count * 8), self.device.buffer(count * 4)
-            arguments = (keys, places, np.uint32(count), sorted_keys, order)
-            self._queue.launch("apply_order", _groups(count), *arguments)
-            # The buffers that go with this call are in use until here.
-            wait(self._queue, self._queue.mark())
-            return sorted_keys, order
-        return self._radix_sorted(digests)
-
-    def _radix_sorted(self, digests: NDArray[np.uint64]) -> tuple[Any, Any]:
         count = digests.size
         n, tiles = np.uint32(count), -(-count // _TILE)
         bins = tiles << DIGIT_BITS

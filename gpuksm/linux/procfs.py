@@ -16,12 +16,12 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.linux._libc import unsupported
+from gpuksm.linux._libc import PAGE_SIZE, unsupported
 
 _READ_BYTES = 1 << 20
 _MAPS_LINE = re.compile(
@@ -254,6 +254,15 @@ def memory_size(pid: int) -> int:
 def resident_size(pid: int) -> int:
     """Pages of process `pid` that are in memory, of files too (/proc/PID/statm)."""
     return int(_read(pid, "statm").split()[1])
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Bytes of memory that processes `pids` hold, each by itself; nothing for one that cannot be asked."""
+    pages = 0
+    for pid in pids:
+        with suppress(TargetGone, NotPermitted):
+            pages += resident_size(pid)
+    return pages * PAGE_SIZE
 
 
 def available_memory() -> int:

@@ -94,11 +94,14 @@ class Engine:
         assert self._hasher is not None
         return self._hasher
 
-    def open_hasher(self, seed: int) -> None:
-        """`seed` is the store's own, so that the digests it remembers can be compared with ours."""
+    def open_hasher(self, seed: int, work_bytes: int | None = None) -> None:
+        """`seed` is the store's own, so that the digests it remembers can be compared with ours.
+
+        `work_bytes` as in `select.create`.
+        """
         options = self.options
         self._hasher, self.backend_reason = select.create(
-            options.backend, seed, options.threads, options.device, options.gpu_memory
+            options.backend, seed, options.threads, options.device, options.gpu_memory, work_bytes
         )
 
     def close(self) -> None:

@@ -66,6 +66,7 @@ def run(
             options.threads,
             options.device,
             options.gpu_memory,
+            procfs.resident_bytes(target.pid for target in targets),
         )
         try:
             opened = _opened(targets, options, progress, subjects)

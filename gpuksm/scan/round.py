@@ -17,6 +17,7 @@ import numpy as np
 
 from gpuksm.errors import NoSuchProcess, TargetGone
 from gpuksm.hashing.protocol import KIND_ZERO
+from gpuksm.linux import procfs
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages
@@ -94,7 +95,7 @@ class _Scan:
     def _first_pass(self, seed: int) -> None:
         armed = time.monotonic()
         self._arm()
-        self.engine.open_hasher(seed)
+        self.engine.open_hasher(seed, procfs.resident_bytes(t.pid for t in self.engine.living()))
         self._look()
         living = self.engine.living()
         # While memory settles it is read; what was written meanwhile is dropped again.

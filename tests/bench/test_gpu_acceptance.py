@@ -36,7 +36,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> fake_cupy.FakeCuda:
 
 def test_all_checks_hold(runtime: fake_cupy.FakeCuda) -> None:
     report = gpu_acceptance.run(TINY)
-    assert report.good, report.checks
+    assert set(report.checks.values()) == {"ok"}, report.checks
     assert set(report.live) >= {"cpu", "cuda"}
     assert "CPU s saved per GiB" in report.live["cuda"]
     assert all(rate > 0 for rate in report.rates.values())
@@ -54,7 +54,7 @@ def test_a_wrong_kernel_is_told(runtime: fake_cupy.FakeCuda, monkeypatch: pytest
     gpu_acceptance.conformance(report, device, TINY)
     device.close()
     assert not report.good
-    assert report.checks["match and candidates after our radix sort"].startswith("AssertionError")
+    assert report.checks["match and candidates"].startswith("AssertionError")
 
 
 def test_the_real_scan_of_jobs(tmp_path: Any) -> None:

@@ -20,11 +20,11 @@ import pytest
 from numpy.typing import NDArray
 
 from gpuksm.errors import BackendUnavailable, UsageError
-from gpuksm.hashing import cuda, device, gpus, ring
+from gpuksm.hashing import cuda, device, gpus, kernels, ring
 from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.cuda import CudaHasher
 from gpuksm.hashing.sort import match_sorted
-from gpuksm.hashing.source import ArraySource
+from gpuksm.hashing.source import ArraySource, OwnMemory
 from tests import fake_cupy, nvrtc
 from tests.kernels.oracles import expected_marks, mixed_pages
 from tests.requirements_env import require
@@ -44,6 +44,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., fake_cupy.Fa
         monkeypatch.setitem(sys.modules, "cupy", made[-1].module())
         monkeypatch.setattr(cuda, "unavailable", lambda: None)
         monkeypatch.setattr(gpus, "nvml", lambda: None)
+        monkeypatch.setattr(cuda, "_CONTEXTS", cuda._Contexts())  # abandoned devices keep theirs
         return made[-1]
 
     yield install
@@ -97,6 +98,16 @@ def test_digests_equal_the_cpus(fake: Callable[..., fake_cupy.FakeCuda], pages: 
     hasher.close()
 
 
+@pytest.mark.parametrize("pages", [1, 63, 1000])
+def test_memory_that_is_read_without_the_interpreter(
+    fake: Callable[..., fake_cupy.FakeCuda], pages: int
+) -> None:
+    fake()
+    hasher, octets = make(), mixed_pages(pages).view(np.uint8)
+    assert_same(digest(hasher, OwnMemory(octets)), on_cpu(ArraySource(octets)))
+    hasher.close()
+
+
 def test_slow_copies_do_not_mix_slots(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
     runtime = fake(devices=2)
     runtime.slow = {"copy": 0.003, "kernel": 0.002}
@@ -137,11 +148,9 @@ def test_sort_match_and_candidates(fake: Callable[..., fake_cupy.FakeCuda]) -> N
     runtime = fake()
     hasher = make()
     keys = np.random.default_rng(5).integers(0, 300, 700, dtype=np.uint64) << np.uint64(40)
-    sorts = runtime.calls["argsort"]
     ordered, order = hasher.sort(keys)
     np.testing.assert_array_equal(order, np.argsort(keys, kind="stable"))
     np.testing.assert_array_equal(ordered, keys[order])
-    assert runtime.calls["argsort"] == sorts + 1
     np.testing.assert_array_equal(hasher.match(ordered), np.full(700, -1))
     table = np.sort(keys[:50])
     hasher.set_table(table)
@@ -173,7 +182,7 @@ def test_batches_overlap_sorting_with_hashing(fake: Callable[..., fake_cupy.Fake
         assert (batch.order // 256 == number).all()
         np.testing.assert_array_equal(batch.digests, digests[batch.order])
     done = [what for what, _stream in runtime.trace]
-    first_sort, last_hash = done.index("argsort"), len(done) - 1 - done[::-1].index("hash_pages")
+    first_sort, last_hash = done.index("sort_count"), len(done) - 1 - done[::-1].index("hash_pages")
     assert first_sort < last_hash
     hasher.close()
 
@@ -237,7 +246,7 @@ def test_one_of_two_devices_fails(
     hasher.close()
 
 
-@pytest.mark.parametrize("call", ["argsort", "launch", "malloc", "memcpyAsync", "eventQuery"])
+@pytest.mark.parametrize("call", ["launch", "malloc", "memcpyAsync", "eventQuery"])
 def test_a_fault_in_sorting(
     fake: Callable[..., fake_cupy.FakeCuda], caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
@@ -305,10 +314,10 @@ def test_the_memory_cap_shapes_the_ring_and_sends_large_sorts_to_the_cpu(
     most = max(most, sum(runtime.gpus[0].sizes.values()))
     assert_same(digest(hasher, source), on_cpu(source))
     keys = np.random.default_rng(1).integers(0, 1 << 64, 100_000, dtype=np.uint64)
-    sorts = runtime.calls["argsort"]
+    launches = runtime.calls["launch"]
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(hasher.sort(keys)[0], np.sort(keys))
-    assert runtime.calls["argsort"] == sorts
+    assert runtime.calls["launch"] == launches
     assert not caplog.records
     assert 0 < most <= cap / 2
     hasher.close()
@@ -318,34 +327,14 @@ def test_the_memory_cap_shapes_the_ring_and_sends_large_sorts_to_the_cpu(
         make(gpu_memory=0)
 
 
-def test_without_a_vendors_sort_ours_is_used(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
-    runtime = fake()
-    sys.modules["cupy"].cuda.thrust.available = False
-    hasher = make()
-    keys = np.random.default_rng(1).integers(0, 1 << 64, 300, dtype=np.uint64)
-    np.testing.assert_array_equal(hasher.sort(keys)[1], np.argsort(keys))
-    assert runtime.calls["argsort"] == 0
-    hasher.close()
-
-
-@pytest.mark.parametrize("how", ["not stable", "cannot be compiled"])
-def test_a_vendors_sort_that_does_not_work_is_left_alone(
-    fake: Callable[..., fake_cupy.FakeCuda], monkeypatch: pytest.MonkeyPatch, how: str
+def test_a_device_that_sorts_wrongly_is_refused(
+    fake: Callable[..., fake_cupy.FakeCuda], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_column: fake_cupy.Column) -> fake_cupy.Column:
-        raise fake_cupy.CompileException("no such header")
-
-    runtime = fake()
-    runtime.stable_sort = False
-    if how == "cannot be compiled":
-        monkeypatch.setattr(sys.modules["cupy"], "argsort", broken)
-    hasher = make()
-    keys = np.random.default_rng(1).integers(0, 9, 300, dtype=np.uint64)
-    sorts = runtime.calls["argsort"]
-    np.testing.assert_array_equal(hasher.sort(keys)[1], np.argsort(keys, kind="stable"))
-    assert runtime.calls["argsort"] == sorts
-    assert hasher.devices
-    hasher.close()
+    fake()
+    wrong = kernels.source().replace("values[i] = i;", "values[i] = n - 1u - i;")
+    monkeypatch.setattr(kernels, "source", lambda: wrong)
+    with pytest.raises(BackendUnavailable, match="could be used"):
+        make()
 
 
 def test_idle_devices_are_released_and_come_back(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
@@ -405,6 +394,36 @@ def test_a_device_another_process_wants_is_given_back(
     hasher.close()
 
 
+def test_the_last_hasher_of_a_process_releases_the_context(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
+    runtime = fake()
+    first, second, source = make(), make(), source_of(200)
+    second.close()
+    assert runtime.gpus[0].contexts_released == 0
+    assert_same(digest(first, source), on_cpu(source))
+    assert first.devices
+    first.close()
+    assert runtime.gpus[0].contexts_released == 1
+
+
+def test_a_context_that_the_process_had_before_is_left_to_it(
+    fake: Callable[..., fake_cupy.FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = fake(devices=2)
+    monkeypatch.setattr(gpus, "context_active", lambda ordinal: ordinal == 1)
+    make(device="all").close()
+    assert [gpu.contexts_released for gpu in runtime.gpus] == [1, 0]
+
+
+def test_a_failed_start_leaves_no_context(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
+    runtime = fake()
+    runtime.fail("compile", 1, sticky=False)
+    with pytest.raises(BackendUnavailable):
+        make()
+    assert runtime.gpus[0].contexts_released == 1
+    make().close()
+    assert runtime.gpus[0].contexts_released == 2
+
+
 def test_digest_and_sort_from_two_threads_while_faults_come(fake: Callable[..., fake_cupy.FakeCuda]) -> None:
     runtime = fake()
     hasher, source = make(), source_of(64 * 20)
@@ -417,7 +436,8 @@ def test_digest_and_sort_from_two_threads_while_faults_come(fake: Callable[..., 
             if not (hasher.sort(keys)[0] == np.sort(keys)).all():
                 wrong.append("sort")
 
-    runtime.fail("argsort", 4, fake_cupy.LOST)
+    # A sort is 49 launches.
+    runtime.fail("launch", runtime.calls["launch"] + 200, fake_cupy.LOST)
     thread = threading.Thread(target=sorting)
     thread.start()
     for _ in range(3):
@@ -432,8 +452,6 @@ def test_a_device_that_computes_wrongly_is_refused(
     fake: Callable[..., fake_cupy.FakeCuda], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake()
-    from gpuksm.hashing import kernels
-
     wrong = kernels.source().replace("0x165667919E3779F9ull", "0x165667919E3779FBull")
     monkeypatch.setattr(kernels, "source", lambda: wrong)
     with pytest.raises(BackendUnavailable, match="self-test"):
@@ -511,6 +529,33 @@ def test_idle_gpus_are_picked() -> None:
         gpus.choose(found[:1], None)
 
 
+def test_a_gpu_that_was_just_used_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, other = "0000:01:00.0", "0000:02:00.0"
+    library = FakeNvml([busy, other])
+    library.utilisation[busy] = 80
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            library.utilisation[busy] = 0
+
+    monkeypatch.setattr(gpus.time, "sleep", nap)
+    assert gpus.look_at([busy], None, library)[0].idle
+    assert len(naps) == 3
+    library.utilisation[busy] = 80
+    naps.clear()
+    gpus.look_at([busy, other], None, library)  # there is an idle one
+    gpus.look_at([busy], "0", library)  # named: need not be idle
+    library.processes[busy] = 1
+    gpus.look_at([busy], "idle", library)  # in use, whatever it does
+    assert not naps
+    library.processes[busy] = 0
+    assert [gpu.idle for gpu in gpus.look_at([busy, other], "idle", library)] == [True, True]
+    library.utilisation[busy] = 80
+    assert not gpus.look_at([busy], None, library, settle_seconds=0.05)[0].idle
+
+
 def test_nothing_is_imported_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_DRIVER_SIGNS", ("/nonexistent",))
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -530,12 +575,11 @@ def test_cupy_has_what_the_backend_calls() -> None:
         assert hasattr(runtime, name), name
     for name in vars(fake_cupy.FakeCuda().module().cuda):
         assert hasattr(cupy.cuda, name), name
-    for name in ("ndarray", "RawModule", "argsort", "clear_memo"):
+    for name in ("RawModule", "clear_memo"):
         assert hasattr(cupy, name), name
     assert hasattr(cupy.cuda.driver, "devicePrimaryCtxRelease")
     assert issubclass(runtime.CUDARuntimeError, Exception)
     assert issubclass(cupy.cuda.driver.CUDADriverError, Exception)
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, Exception)
     assert issubclass(cupy.cuda.compiler.CompileException, Exception)
-    assert cupy.cuda.thrust.available
     assert "priority" in cupy.cuda.Stream.__init__.__doc__

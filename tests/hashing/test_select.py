@@ -166,6 +166,23 @@ def test_auto_loads_no_gpu_library_where_no_gpu_can_be():
     assert done.stdout.split() == []
 
 
+def test_no_gpu_is_opened_for_little_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(select, "_GPU_SIGNS", (str(tmp_path),))
+    opened = []
+    monkeypatch.setitem(select._BACKENDS, "cuda", lambda wanted: opened.append(wanted) or missing(wanted))
+    monkeypatch.setitem(select._BACKENDS, "opencl", missing)
+    hasher, why = create("auto", work_bytes=1 << 20)
+    hasher.close()
+    assert hasher.name == "cpu"
+    assert "less than a GPU takes to start" in why
+    assert not opened
+    for given in ({"work_bytes": 1 << 50}, {}, {"work_bytes": 1 << 20, "device": "0"}):
+        create("auto", **given)[0].close()
+    assert len(opened) == 3
+    with pytest.raises(BackendUnavailable):
+        create("cuda", work_bytes=1 << 20)
+
+
 def test_a_sign_of_a_gpu_has_both_backends_tried(monkeypatch, tmp_path):
     monkeypatch.setattr(select, "_GPU_SIGNS", (str(tmp_path),))
     tried = []

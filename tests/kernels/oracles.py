@@ -76,16 +76,6 @@ def check_scan(run: Executor, count: int) -> None:
     assert run.read(total, U32, 1)[0] == sums[-1]
 
 
-def check_order(run: Executor, keys: NDArray[np.uint64]) -> None:
-    """apply_order turns an int64 argsort into sorted keys and a uint32 order."""
-    count = keys.size
-    places = np.argsort(keys, kind="stable").astype(np.int64)
-    keys_out, order_out = run.allocate(count * 8), run.allocate(count * 4)
-    run.launch("apply_order", 2, run.constant(keys), run.constant(places), U32(count), keys_out, order_out)
-    np.testing.assert_array_equal(run.read(keys_out, U64, count), keys[places])
-    np.testing.assert_array_equal(run.read(order_out, U32, count), places)
-
-
 def check_match(run: Executor, keys: NDArray[np.uint64], table: NDArray[np.uint64]) -> None:
     """match_table finds the first equal entry."""
     count = keys.size

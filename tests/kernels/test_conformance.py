@@ -72,11 +72,6 @@ def test_scan(run: Executor, count: int) -> None:
     oracles.check_scan(run, count)
 
 
-@pytest.mark.parametrize("count", [1, 300])
-def test_order_of_a_vendors_sort(run: Executor, count: int) -> None:
-    oracles.check_order(run, oracles.clumped_keys(count))
-
-
 @pytest.mark.parametrize("size", [0, 1, 2, 100, 255])
 def test_match(run: Executor, size: int) -> None:
     table = np.sort(oracles.clumped_keys(size + 1)[:size])

@@ -40,10 +40,6 @@ def _candidates(run: Executor) -> None:
     oracles.check_candidates(run, keys, np.where(np.arange(400) % 5, -1, 7).astype(np.int64))
 
 
-def _order(run: Executor) -> None:
-    oracles.check_order(run, oracles.clumped_keys(300))
-
-
 # (name, check, text in the source, what replaces it wherever it stands)
 WRONG: tuple[tuple[str, Callable[[Executor], None], str, str], ...] = (
     ("prime", _pages, "#define PRIME_MX1 0x165667919E3779F9ull", "#define PRIME_MX1 0x165667919E3779F8ull"),
@@ -83,7 +79,6 @@ WRONG: tuple[tuple[str, Callable[[Executor], None], str, str], ...] = (
     ("matched", _candidates, "match[i] >= 0", "match[i] > 7"),
     ("gather-order", _candidates, "order_out[place] = order[i];", "order_out[place] = i;"),
     ("gather-place", _candidates, "starts[BID] + group_scan", "starts[0] + group_scan"),
-    ("order", _order, "order[i] = place;", "order[i] = i;"),
 )
 
 RACES: tuple[tuple[str, Callable[[Executor], None], str, str], ...] = (
