@@ -227,8 +227,8 @@ class Memory:
             _demand(error in (ENOMEM, EFAULT, EINVAL, EAGAIN), "mremap", a, error)
             self._failed_move(first, old, new, flags, to)
             return
-        if flags & DONTUNMAP:  # Linux unlocks all of the mapping that a part of was moved
-            self._change(0, PAGES, lambda page: page._replace(lock=2 if page.lock else 0))
+        if flags & DONTUNMAP:
+            self._maybe_unlocked()
         source = self.pages[first : first + old]
         kept = source[: min(old, new)]
         # Grown memory has the protection and the lock of what it continues.
@@ -246,8 +246,14 @@ class Memory:
             if None in page and target != first:  # what stood where a hole moves to may stay (Linux 6.17)
                 self.pages[at] = tuple(dict.fromkeys((*page, *before)))
 
+    def _maybe_unlocked(self) -> None:
+        """With MREMAP_DONTUNMAP Linux unlocks all of the mapping that a part of is moved."""
+        self._change(0, PAGES, lambda page: page._replace(lock=2 if page.lock else 0))
+
     def _failed_move(self, first: int, old: int, new: int, flags: int, to: int) -> None:
         """Unmapped, in part: the place to move to, what was to be cut off; or a part has moved."""
+        if flags & DONTUNMAP:
+            self._maybe_unlocked()
         before = list(self.pages)
 
         def may_be(at: int, *others: Page | None) -> None:
