@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpuksm.errors import NoSuchProcess, NotPermitted, TargetGone
 from gpuksm.hashing.protocol import KIND_ZERO
@@ -23,10 +24,10 @@ from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64
 from gpuksm.scan.engine import Engine, Target
+from gpuksm.scan.equals import with_equals
 from gpuksm.scan.follow import Follower
-from gpuksm.scan.runs import Pages
 from gpuksm.scan.seen import Seen
-from gpuksm.scan.tracker import equals_elsewhere, gather, user_key
+from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
 from gpuksm.scan.types import Progress, ScanOptions, TargetRequest
 
 if TYPE_CHECKING:
@@ -229,12 +230,16 @@ class Session:
             except _GONE:
                 self._leave(follower)
         living = self.engine.living()
-        pages = gather([target.tracker for target in living if target.tracker is not None])
-        if not use_zero_pages:
-            pages = _without_zeros(pages)
+        trackers = [target.tracker for target in living if target.tracker is not None]
+        worth = with_equals(trackers, self.engine.stable(), self.engine.hasher.sort)
+        masks = [_candidates(tracker, use_zero_pages) for tracker in trackers]
+        some = [np.flatnonzero(mask & equal) for mask, equal in zip(masks, worth, strict=True)]
         before = {target.ident: target.runs for target in living}
-        merged = self.engine.merge(pages, living)
-        self._note_contents(pages.digest)
+        merged = self.engine.merge(gather(trackers, some), living)
+        seen = [np.empty(0, np.uint64)]
+        for tracker, mask in zip(trackers, masks, strict=True):
+            seen.append(tracker.columns.digest[mask] ^ user_key(tracker))
+        self._note_contents(np.concatenate(seen))
         held_up = any(self.engine.skipped.get(reason) for reason in ("busy", "stopped"))
         self._retries = (self._retries or _RETRIES + 1) - 1 if held_up else 0
         for target in living:
@@ -251,7 +256,8 @@ class Session:
 
     def _note_contents(self, digest: U64) -> None:
         """From now on a new page is worth a plan when it is one of these, or of the store's."""
-        ordered, _ = self.engine.hasher.sort(np.concatenate((digest, self.engine.stable().digest)))
+        ordered = np.concatenate((digest, self.engine.stable().digest))
+        ordered.sort()
         self._seen.replace(ordered)
 
     # -- numbers -----------------------------------------------------------------
@@ -294,15 +300,7 @@ class Session:
         }
 
 
-def _without_zeros(pages: Pages) -> Pages:
-    keep = pages.kind != KIND_ZERO
-    joins = pages.joins.copy()
-    joins[1:] &= keep[:-1]
-    return Pages(
-        pages.target[keep],
-        pages.address[keep],
-        pages.digest[keep],
-        pages.kind[keep],
-        joins[keep],
-        pages.watched[keep],
-    )
+def _candidates(tracker: Tracker, use_zero_pages: bool) -> NDArray[np.bool_]:
+    """For each page of `tracker` whether it may be merged."""
+    mask = tracker.may_be_merged()
+    return mask if use_zero_pages else mask & (tracker.columns.kind != KIND_ZERO)

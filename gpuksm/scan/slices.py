@@ -14,15 +14,13 @@ import time
 import numpy as np
 
 from gpuksm.errors import TargetGone
-from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.scan.batches import digest
 from gpuksm.scan.columns import I64, ranges_within
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.engine import Engine, Target
+from gpuksm.scan.equals import with_equals
 from gpuksm.scan.planner import Plan
-from gpuksm.scan.runs import Pages
 from gpuksm.scan.tracker import Tracker, gather
-from gpuksm.scan.trees import join
 
 # Pages of a slice: large enough that planning it takes no longer than planning all at once.
 SLICE_PAGES = 1 << 18
@@ -34,8 +32,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     Until `settled` (of the monotonic clock) nothing is planned, only read.
     """
     trackers = [target.tracker for target in living if target.tracker is not None]
-    wanted = [tracker.wanted() for tracker in trackers]
-    total = sum(map(len, wanted))
+    total = sum(len(tracker.wanted()) for tracker in trackers)
     count = max(1, total // SLICE_PAGES)
     budgets, stable = engine.budgets(living), engine.stable()
     scanned: dict[int, int] = {}
@@ -46,7 +43,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
 
     with Commits() as commits:
         for number in range(count):
-            share = [index[_share(index, number, count)] for index in wanted]
+            share = [tracker.wanted(*_share(tracker, number, count)) for tracker in trackers]
             early = time.monotonic() < settled
             read = digest(
                 list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
@@ -85,8 +82,9 @@ def _settle(engine: Engine, trackers: list[Tracker], read: list[I64], settled: f
             tracker.columns.known[index] = False
 
 
-def _share(index: I64, number: int, count: int) -> slice:
-    return slice(len(index) * number // count, len(index) * (number + 1) // count)
+def _share(tracker: Tracker, number: int, count: int) -> tuple[int, int]:
+    pages = len(tracker.columns.address)
+    return pages * number // count, pages * (number + 1) // count
 
 
 def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:
@@ -104,9 +102,13 @@ def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:
 
 def _merge_rest(engine: Engine, living: list[Target], trackers: list[Tracker], commits: Commits) -> None:
     """Plan what no slice has taken and what has an equal anywhere."""
-    left = [tracker.candidates() for tracker in trackers]
-    some = _with_equals(engine, trackers, left)
-    unshared = [len(index) - len(kept) for index, kept in zip(left, some, strict=True)]
+    left = [tracker.may_be_merged() for tracker in trackers]
+    if any(tracker.planned for tracker in trackers):
+        worth = with_equals(trackers, engine.known_stable, engine.hasher.sort)
+    else:
+        worth = left  # the plan itself will tell
+    some = [np.flatnonzero(mask & equal) for mask, equal in zip(left, worth, strict=True)]
+    unshared = [int(mask.sum()) - len(kept) for mask, kept in zip(left, some, strict=True)]
     for target in living:
         target.left_out, target.unshared = {}, 0
     if any(map(len, some)):
@@ -116,20 +118,3 @@ def _merge_rest(engine: Engine, living: list[Target], trackers: list[Tracker], c
         engine.commit(plan, living, commits)
     for target, pages_alone in zip(living, unshared, strict=True):
         target.unshared += pages_alone
-
-
-def _with_equals(engine: Engine, trackers: list[Tracker], left: list[I64]) -> list[I64]:
-    """Those of the pages `left` that are zeros, or equal another page or a slot of the store."""
-    everything = [np.flatnonzero(tracker.columns.known) for tracker in trackers]
-    if all(len(index) == len(other) for index, other in zip(left, everything, strict=True)):
-        return left  # nothing was planned yet: the plan itself will tell
-    pages: Pages = gather(trackers, everything)
-    contents = join(pages.digest, pages.target, engine.known_stable, engine.hasher.sort)
-    worth = (contents.page >= 0) | (pages.kind == KIND_ZERO)
-    found = []
-    at = 0
-    for index, other in zip(left, everything, strict=True):
-        mine = other[worth[at : at + len(other)]]
-        found.append(np.intersect1d(index, mine, assume_unique=True))
-        at += len(other)
-    return found

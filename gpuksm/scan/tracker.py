@@ -193,9 +193,10 @@ class Tracker:
                 np.insert(calm, at, True),
             )
 
-    def wanted(self) -> I64:
-        """Indices into `columns` of the calm pages that have no digest."""
-        return np.flatnonzero(self.columns.calm & ~self.columns.known)
+    def wanted(self, first: int = 0, end: int | None = None) -> I64:
+        """Indices into `columns` (of `first` to `end` - 1) of the calm pages that have no digest."""
+        part = slice(first, end)
+        return np.flatnonzero(self.columns.calm[part] & ~self.columns.known[part]) + first
 
     def was_just_looked_up(self) -> bool:
         """Whether all pages without a digest were looked up within the time that reading a batch takes."""
@@ -226,6 +227,10 @@ class Tracker:
 
     def candidates(self) -> I64:
         """Indices into `columns` of the pages that may be merged: calm, with a digest, not yet planned."""
+        return np.flatnonzero(self.may_be_merged())
+
+    def may_be_merged(self) -> NDArray[np.bool_]:
+        """For each page of `columns` whether it is one of the candidates; not to be changed."""
         keep = self.columns.known
         if self._checksum:
             before = carry_over(self._previous, self.columns.address)
@@ -233,13 +238,18 @@ class Tracker:
             self.volatile = int(self.columns.known.sum() - keep.sum())
         if len(self._planned) == len(keep):
             keep = keep & ~self._planned
-        return np.flatnonzero(keep)
+        return keep
 
     def plan(self, index: I64) -> None:
         """From now on the pages `index` are no candidates, until `columns` change or `plan_anew`."""
         if len(self._planned) != len(self.columns.address):
             self._planned = np.zeros(len(self.columns.address), np.bool_)
         self._planned[index] = True
+
+    @property
+    def planned(self) -> bool:
+        """Whether a page of `columns` was planned since then."""
+        return len(self._planned) == len(self.columns.address) and bool(self._planned.any())
 
     def plan_anew(self) -> None:
         """All pages may be candidates again."""
