@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import kernel_ksm
 from bench.kernel_ksm import FullSpeed, cpu_seconds
@@ -27,6 +28,7 @@ from gpuksm.linux import procfs
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 150.0  # for one merging
+PEAK_EVERY_SECONDS = 0.02
 Row = dict[str, float]
 
 
@@ -47,14 +49,39 @@ def bytecode_kept() -> Iterator[None]:
             os.environ.update(before)
 
 
-def run_json(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, dict[str, Any]]:
-    """Run a command that prints a JSON object: (wall, CPU seconds with its ended children's, that object)."""
+class Ended(NamedTuple):
+    """What a command took: CPU seconds with its ended children's, the most memory it held by itself."""
+
+    wall: float
+    cpu: float
+    peak_bytes: int
+    printed: dict[str, Any]
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that process `pid` has held so far; 0 when it has ended.
+
+    Not the peak that wait4 gives: that counts what was there before exec, the memory of whoever started it.
+    """
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else 0
+
+
+def run_json(command: list[str], environment: Mapping[str, str]) -> Ended:
+    """Run a command that prints a JSON object."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         began = time.monotonic()
         running = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
         handle = os.pidfd_open(running.pid)
         try:
-            if not select.select([handle], [], [], LIMIT_SECONDS)[0]:
+            peak = 0
+            while not select.select([handle], [], [], PEAK_EVERY_SECONDS)[0]:
+                peak = max(peak, peak_bytes(running.pid))
+                if time.monotonic() - began < LIMIT_SECONDS:
+                    continue
                 raise SystemExit(f"{' '.join(command)} did not end in {LIMIT_SECONDS:.0f} s")
             _, status, usage = os.wait4(running.pid, 0)
             running.returncode = os.waitstatus_to_exitcode(status)
@@ -69,7 +96,7 @@ def run_json(command: list[str], environment: Mapping[str, str]) -> tuple[float,
             said = errors.read().decode().strip()
             raise SystemExit(f"{' '.join(command)} ended with {running.returncode}: {said}")
         output.seek(0)
-        return wall, usage.ru_utime + usage.ru_stime, json.load(output)
+        return Ended(wall, usage.ru_utime + usage.ru_stime, peak, json.load(output))
 
 
 class Kernel:
@@ -116,6 +143,7 @@ class Gpuksm:
         os.environ["GPUKSM_RUNTIME_DIR"] = str(folder)  # for GuardClient
         self._guard = self._keeper = 0
         self._last: dict[str, Any] = {}
+        self._peak_bytes = 0
 
     def _command(self, *words: str) -> list[str]:
         pids = ",".join(map(str, self._processes.pids))
@@ -123,8 +151,9 @@ class Gpuksm:
 
     def _scan(self) -> tuple[float, float]:
         """One scan; its wall and CPU seconds."""
-        wall, cpu, self._last = run_json(self._command("scan", "--json"), self._environment)
-        return wall, cpu
+        ended = run_json(self._command("scan", "--json"), self._environment)
+        self._last, self._peak_bytes = ended.printed, ended.peak_bytes
+        return ended.wall, ended.cpu
 
     def _find_guard(self) -> None:
         with GuardClient.connect(start=False) as guard:
@@ -154,6 +183,8 @@ class Gpuksm:
             "wall": wall,
             "cpu": sum(parts.values()),
             **parts,
+            "peak_scanner": self._peak_bytes,
+            "peak_guard": peak_bytes(self._guard),
             "own_seconds": self._last["seconds"],
             "max_pause_ms": self._last["max_pause_ms"],
             "targets_left_out": late,

@@ -11,7 +11,8 @@ rounds    CPU seconds, of scanner and guard, of the rounds of a settled session,
           daemon` does them, with 0, 1 and 10 % of all pages written before, in groups of
           eight (bench/rounds.py).  The pages that the rounds read are counted: 0 for 0 %.
 scan      Wall and CPU seconds of `gpuksm scan`, from start to end, for each GiB; CPU time is
-          that of scan, guard, keeper and of the threads in the processes.  Fresh processes
+          that of scan, guard, keeper and of the threads in the processes; the most memory
+          that scan and guard held (VmHWM).  Fresh processes
           for each trial.
 estimate  GiB/s of `gpuksm estimate`, by its own `seconds` and from the start of the command
           to its end, beside a bare loop of process_vm_readv (bench/workloads/readers.c)
@@ -160,12 +161,12 @@ def estimate(processes: Processes) -> tuple[Row, str]:
         "--pid",
         ",".join(map(str, processes.pids)),
     ]
-    wall, cpu, found = run_json(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+    ended = run_json(command, {**os.environ, "PYTHONPATH": str(ROOT)})
+    found = ended.printed
     size = found["pages_scanned"] * PAGE_BYTES
-    rates = {"own": size / GIB / found["seconds"], "whole": size / GIB / wall}
-    return {"estimate_bytes": size, **rates, "seconds": found["seconds"], "wall": wall, "cpu": cpu}, str(
-        found["backend"]
-    )
+    rates = {"own": size / GIB / found["seconds"], "whole": size / GIB / ended.wall}
+    taken = {"seconds": found["seconds"], "wall": ended.wall, "cpu": ended.cpu, "peak": ended.peak_bytes}
+    return {"estimate_bytes": size, **rates, **taken}, str(found["backend"])
 
 
 def measure_estimate(program: Path, chosen: Workload, repeats: int, note: Note) -> list[dict[str, Any]]:
@@ -246,6 +247,8 @@ def scan_table(rows: list[dict[str, Any]]) -> Table:
         "CPU s of scan",
         "guard",
         "stored MiB",
+        "peak MiB of scan",
+        "guard",
         "left out",
     )
     for name in heads:
@@ -253,8 +256,8 @@ def scan_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         names = ("wall", "cpu", "wall_per_gib", "cpu_per_gib", "cpu_scanner", "cpu_guard")
         seconds = (f"{row[name]:.2f}" for name in names)
-        rest = (f"{row['stored'] / 2**20:.0f}", f"{row['targets_left_out']:.0f}")
-        table.add_row(f"{gib(row):.3g}", *seconds, *rest)
+        sizes = (f"{row[name] / 2**20:.0f}" for name in ("stored", "peak_scanner", "peak_guard"))
+        table.add_row(f"{gib(row):.3g}", *seconds, *sizes, f"{row['targets_left_out']:.0f}")
     return table
 
 
