@@ -167,8 +167,11 @@ class Orphan:
                     uffd.register(uffd_event, low, high - low, uffd.MODE_WP | uffd.MODE_MINOR)
 
     def _resolve_faults(self) -> None:
-        """Zeros for threads that wait where they touched what was discarded: in a system call
-        they could not stop."""
+        """Zeros for threads that wait where they touched what was discarded.
+
+        None of them writes there before it has stopped, as all were asked to: what is zeroed later
+        holds nothing new.  System calls do not wait, they fail (our userfaultfds are for user mode).
+        """
         while self.faults and self.uffd_event is not None:
             try:
                 uffd.zeropage(self.uffd_event, self.faults[-1], PAGE_SIZE)

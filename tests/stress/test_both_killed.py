@@ -153,3 +153,66 @@ def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
     for word in ("verify", "write", "verify"):
         mover.ask(word)
     victims[1].verify()
+
+
+# Discards pages 4 to 11 and reads from a pipe into pages 6 to 8 of them, the last in part: at once, so that
+# the kernel is who touches them first.  It may be told EFAULT (hazard 2), and does it again then.
+_READER = (
+    LIBC
+    + """
+import os, sys
+PAGES = 24
+libc.read.restype = ctypes.c_ssize_t
+libc.read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
+assert libc.mprotect(at, PAGES * 4096, 3) == 0
+expected = bytearray()
+for page in range(PAGES):
+    expected += (1 + page).to_bytes(8, "little") * 512
+ctypes.memmove(at, bytes(expected), PAGES * 4096)
+ours, theirs = os.pipe()
+os.write(theirs, b"read" * 2500)
+print("READY area=%#x:%d" % (at, PAGES), flush=True)
+for line in sys.stdin:
+    word = line.strip()
+    if word == "quit":
+        break
+    if word == "read":
+        assert libc.madvise(at + 4 * 4096, 8 * 4096, 4) == 0
+        done = 0
+        while done < 10000:
+            got = libc.read(ours, at + 6 * 4096 + done, 10000 - done)
+            assert got > 0 or ctypes.get_errno() == 14, ctypes.get_errno()
+            done += max(got, 0)
+        expected[4 * 4096:12 * 4096] = bytes(8 * 4096)
+        expected[6 * 4096:6 * 4096 + 10000] = b"read" * 2500
+    now = ctypes.string_at(at, PAGES * 4096)
+    wrong = [page for page in range(PAGES) if now[page * 4096:][:4096] != expected[page * 4096:][:4096]]
+    if word == "write":
+        expected = bytearray(page * 7 % 251 for page in range(PAGES * 4096))
+        ctypes.memmove(at, bytes(expected), PAGES * 4096)
+    print("CORRUPT pages %s" % wrong if wrong else "OK", flush=True)
+"""
+)
+
+
+def test_what_a_system_call_writes_into_discarded_memory_stays(world: World) -> None:
+    """Discarded before there is an agent to map zeros; the call that writes there comes before that too."""
+    requirements_env.need("thread_pidfd")
+    victims = [world.python(_READER) for _ in range(2)]
+    scan_until_merged(world, victims, ["area"])
+    world.kill_guard_and_keeper()
+    reader = victims[0]
+    reader.send("read")
+    deadline = time.monotonic() + 10
+    while processes.waits_in(reader.pid) != "userfaultfd_event_wait_completion":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    world.extra_env["GPUKSM_FAULT"] = "child-event-read:1:kill"
+    world.gpuksm("status", "--json")
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    reader.answer()
+    world.guard_pid()
+    for word in ("verify", "write", "verify"):
+        reader.ask(word)
+    victims[1].verify()
