@@ -10,6 +10,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from gpuksm.errors import GpuksmError
@@ -56,8 +57,11 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             guard.seed = record.a
         elif record.kind == journal.EXTENT:
             guard.store.adopt(record.a, record.b, record.c)
+        elif record.kind == journal.NEXT:
+            guard.store.reserve(record.a)
         elif record.kind == journal.DIGESTS:
-            guard.store.set_digests(record.a, 0, record.column)
+            with contextlib.suppress(KeyError):  # of an extent that is gone, which the ledger has forgotten
+                guard.store.set_digests(record.a, 0, record.column)
         elif record.kind == journal.HOME:
             guard.store_born = record.c
         elif record.kind == journal.TARGET:
@@ -80,6 +84,7 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             guard.registry.note(record.a, None if record.c == 0 else [(record.b, record.c)])
         elif record.kind == journal.UNREGISTER:
             guard.registry.drop(record.a, None if record.c == 0 else [(record.b, record.c)])
+    guard.journal.trim()
     guard.registry.listed()  # forgets those that have exited
     return orphans
 

@@ -45,6 +45,12 @@ class Registry:
         if not left:
             del self._ranges[pid]
 
+    def entries(self) -> list[tuple[int, int, int]]:
+        """(pid, start, end) of all that is registered; 0, 0 for a whole process."""
+        return [
+            (pid, start, end) for pid, ranges in self._ranges.items() for start, end in ranges or [(0, 0)]
+        ]
+
     def listed(self) -> list[dict[str, Any]]:
         """What is registered, by processes that still live."""
         for pid in [pid for pid in self._ranges if not os.path.exists(f"/proc/{pid}")]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from gpuksm import __version__, errors, wire
 from gpuksm.errors import GpuksmError, GuardError, NotPermitted, UsageError
+from gpuksm.guard import snapshot
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.exchange import Exchange
 from gpuksm.guard.freeze import FreezeFailed, release_stragglers
@@ -137,6 +138,7 @@ class Server:
                     self._serve_client(self.clients[fd])
             self._drop_ended(ready)
             self.guard.tick()
+            snapshot.renew(self.guard)
             self._tend_keeper(ready)
             if self._told_to_end:
                 self._end()

@@ -89,6 +89,15 @@ class Store:
         if slots >= _LARGE_EXTENT:
             self._next = -(-self._next // _LARGE_EXTENT) * _LARGE_EXTENT
 
+    @property
+    def next_slot(self) -> int:
+        """The first slot that no extent has had yet."""
+        return self._next
+
+    def reserve(self, next_slot: int) -> None:
+        """Allocate nothing below `next_slot` (ledger replay)."""
+        self._next = max(self._next, next_slot)
+
     def set_digests(self, start: int, first: int, digests: bytes) -> None:
         """Remember digests of the extent at `start` from its slot `first` on."""
         self.generation += 1
@@ -124,6 +133,10 @@ class Store:
     def extents(self) -> list[tuple[int, int, bytes]]:
         """Every live extent: first slot, slots, digest column."""
         return list(zip(self._starts, self._slots, self._digests, strict=True))
+
+    def owners(self) -> list[tuple[int, int, int]]:
+        """Every live extent: first slot, slots, the user whose processes may map it."""
+        return list(zip(self._starts, self._slots, self._users, strict=True))
 
     def write(self, slot: int, data: Sequence[memoryview]) -> None:
         """Fill slots from `slot` on; raises OSError (ENOSPC) when memory is short."""
