@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 from tests import requirements_env
@@ -139,3 +141,17 @@ def test_the_output_of_a_scan_ends(world: World) -> None:
     world.scan(*victims)  # communicate() reads both pipes to their end
     pid = world.guard_pid()
     assert Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").startswith(b"gpuksm guard")
+
+
+def test_a_scan_gives_way_to_jobs_and_the_guard_does_not(world: World) -> None:
+    victims = [world.victim("regions", 64, 64, seed, "straight") for seed in (1, 2)]
+    named = [part for victim in victims for part in ("--pid", victim.pid)]
+    scan = world.start("scan", "--settle", "3s", *named)
+    guard = world.guard_pid()
+    deadline = time.monotonic() + 10
+    while os.getpriority(os.PRIO_PROCESS, scan.pid) != 10:
+        assert time.monotonic() < deadline
+        assert scan.poll() is None
+        time.sleep(0.02)
+    assert os.getpriority(os.PRIO_PROCESS, guard) == os.getpriority(os.PRIO_PROCESS, 0)
+    assert scan.wait(60) == 0

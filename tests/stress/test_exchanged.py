@@ -9,17 +9,18 @@ from pathlib import Path
 
 from gpuksm.guard import journal
 from gpuksm.linux import pidfd
+from tests.support import processes
 from tests.support.merging import merged_pair
 from tests.support.world import World
 
 
 def _ledger(pid: int) -> int:
     """A descriptor of the ledger that process `pid`, the keeper, holds."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:gpuksm-ledger" in os.readlink(entry):
+    for number, path in processes.descriptors(pid).items():
+        if "memfd:gpuksm-ledger" in path:
             process = pidfd.open_process(pid)
             try:
-                return pidfd.steal(process, int(entry.name))
+                return pidfd.steal(process, number)
             finally:
                 os.close(process)
     raise AssertionError(f"process {pid} holds no ledger")
@@ -45,6 +46,7 @@ def _exchange(fd: int, pids: list[int]) -> int:
 
 
 def test_a_successor_does_not_take_one_process_for_another(world: World) -> None:
+    world.extra_env["GPUKSM_JOURNAL_BYTES"] = str(1 << 20)  # records lie one behind the other
     victims = merged_pair(world, "purge", 1, without=["span"])
     guard = world.guard_pid()
     keeper = int(Path(f"/proc/{guard}/stat").read_text().rpartition(")")[2].split()[1])

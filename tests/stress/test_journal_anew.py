@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +17,10 @@ def _logs(pid: int) -> journal.Journal:
     """The journal that process `pid` holds."""
     found = {}
     process = pidfd.open_process(pid)
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
+    for number, path in processes.descriptors(pid).items():
         for name in ("ledger", "private"):
-            if f"memfd:gpuksm-{name}" in os.readlink(entry):
-                found[name] = pidfd.steal(process, int(entry.name))
+            if f"memfd:gpuksm-{name}" in path:
+                found[name] = pidfd.steal(process, number)
     os.close(process)
     return journal.Journal(found["ledger"], found["private"])
 

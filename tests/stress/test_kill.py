@@ -248,12 +248,12 @@ def test_a_code_page_that_is_watched_does_not_keep_a_successor_out(world: World)
     pages = [mapping.start for victim in victims for mapping in processes.anonymous_code(victim.pid)]
     watched = 0
     handle = os.pidfd_open(guard)
-    for entry in Path(f"/proc/{guard}/fd").iterdir():
-        if os.readlink(entry) != "anon_inode:[userfaultfd]":
+    for number, path in processes.descriptors(guard).items():
+        if path != "anon_inode:[userfaultfd]":
             continue
-        features = Path(f"/proc/{guard}/fdinfo/{entry.name}").read_text().split("API:")[1].split(":")[1]
+        features = Path(f"/proc/{guard}/fdinfo/{number}").read_text().split("API:")[1].split(":")[1]
         if int(features, 16) & uffd.FEATURE_EVENT_UNMAP:
-            stolen = pidfd.steal(handle, int(entry.name))
+            stolen = pidfd.steal(handle, number)
             for page in pages:
                 with contextlib.suppress(OSError):  # another's
                     uffd.register(stolen, page, 4096)
@@ -283,10 +283,10 @@ def test_a_successor_watches_all_that_is_merged(world: World) -> None:
     world.scan(*victims)
     guard = world.guard_pid()
     handle = os.pidfd_open(guard)
-    for entry in Path(f"/proc/{guard}/fd").iterdir():
-        if os.readlink(entry) != "anon_inode:[userfaultfd]":
+    for number, path in processes.descriptors(guard).items():
+        if path != "anon_inode:[userfaultfd]":
             continue
-        stolen = pidfd.steal(handle, int(entry.name))
+        stolen = pidfd.steal(handle, number)
         for victim in victims:
             for mapping in processes.store_mappings(victim.pid):
                 with contextlib.suppress(OSError):  # another's

@@ -6,6 +6,7 @@ hide itself from the tests.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -149,10 +150,9 @@ def _code_page(before: Footprint, after: Footprint) -> set[tuple[int, int, str, 
 def footprint(pid: int) -> Footprint:
     """The traces that a merge could leave in `pid`; anonymous neighbours are joined."""
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    fds = Path(f"/proc/{pid}/fd")
     return Footprint(
         threads=int(status["Threads"]),
-        descriptors=tuple(sorted((int(name), os.readlink(fds / name)) for name in os.listdir(fds))),
+        descriptors=tuple(sorted(descriptors(pid).items())),
         areas=_joined(pid),
         userfault_flags=_userfault_flags(pid),
         coredump_filter=Path(f"/proc/{pid}/coredump_filter").read_text().strip(),
@@ -181,6 +181,15 @@ def _userfault_flags(pid: int) -> int:
 def anonymous_code(pid: int) -> list[Mapping]:
     """Executable mappings of no file and no name: agents' code pages, in victims that make none."""
     return [mapping for mapping in mappings(pid) if "x" in mapping.perms and not mapping.path]
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What each descriptor of `pid` is open on; without those that it closes meanwhile."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[int(entry.name)] = os.readlink(entry)
+    return found
 
 
 def waits_in(pid: int) -> str:
