@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
@@ -31,6 +32,7 @@ _RETRY_SECONDS = 0.05
 _SEARCHES = 40
 _SETTLE_SECONDS = 2.0
 _DISMISSAL_SECONDS = 0.05
+_WATCHED = {"um", "uw", "ui"}  # of VmFlags: registered for missing, write-protected or minor faults
 
 
 def adopt_orphans(guard: Guard) -> None:
@@ -82,6 +84,26 @@ def adopt_orphans(guard: Guard) -> None:
             orphan.tries += 1
             orphan.due = time.monotonic() + _RETRY_SECONDS
             guard.orphans.append(orphan)
+
+
+def find_strays(guard: Guard, pids: Iterable[int]) -> None:
+    """Make orphans of those of `pids` that map the store and that nobody knows or watches.
+
+    They are children whose userfaultfd was lost with guard and keeper (hazard 14): read, and not yet in
+    the attic, or just taken out of it.  A child whose fork event waits is not to be seen yet, and
+    one that somebody has a userfaultfd of shows that in its mappings.
+    """
+    known = {target.pid for target in guard.targets.values()} | {other.pid for other in guard.orphans}
+    for pid in pids:
+        if pid in known or pid == os.getpid() or not maps_store(guard, pid):
+            continue
+        with contextlib.suppress(GpuksmError):
+            if not _is_watched(guard, pid):
+                guard.orphans.append(Orphan(0, None, guard.new_id(), pid))
+
+
+def _is_watched(guard: Guard, pid: int) -> bool:
+    return any(entry.flags & _WATCHED for entry in procfs.smaps(pid) if entry.vma.inode == guard.store.inode)
 
 
 def settle(guard: Guard) -> list[int]:

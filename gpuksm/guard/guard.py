@@ -104,6 +104,10 @@ class Guard:
             target = None
         allowed = eligibility.Allowed(*(bool(options.get(name)) for name in eligibility.Allowed._fields))
         if target is None:
+            adoption.find_strays(self, [pid])
+            adoption.adopt_orphans(self)
+            target = self.find(pid)
+        if target is None:
             reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:
                 raise reason

@@ -46,6 +46,8 @@ def recover(guard: Guard, inherited: dict[str, int]) -> None:
         if orphan.uffd_event is not None:
             guard.orphans.append(orphan)
     adoption.adopt_orphans(guard)
+    adoption.find_strays(guard, procfs.pids())
+    adoption.adopt_orphans(guard)
     guard.reclaimer.soon()  # the guard before us may have had slots to free
 
 

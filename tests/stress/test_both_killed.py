@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import socket
+import sys
 import time
 
 import pytest
 
+from gpuksm.linux import pidfd
 from tests import requirements_env
 from tests.stress.test_kill import KILLS
 from tests.support import processes
@@ -216,3 +221,76 @@ def test_what_a_system_call_writes_into_discarded_memory_stays(world: World) -> 
     for word in ("verify", "write", "verify"):
         reader.ask(word)
     victims[1].verify()
+
+
+# On "fork" a child goes on in the parent's place, which waits.
+_FORKER = (
+    LIBC
+    + """
+import os, sys
+PAGES = 24
+at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
+assert libc.mprotect(at, PAGES * 4096, 3) == 0
+def content(key):
+    return key.to_bytes(8, "little") * 512
+expected = [1 + page for page in range(PAGES)]
+for page, key in enumerate(expected):
+    ctypes.memmove(at + page * 4096, content(key), 4096)
+print("READY area=%#x:%d" % (at, PAGES), flush=True)
+for line in sys.stdin:
+    word = line.strip()
+    if word == "quit":
+        break
+    if word == "fork":
+        if os.fork():
+            os.wait()
+            os._exit(0)
+        libc.prctl(1, 9)  # with its parent
+    if word == "drop":
+        assert libc.madvise(at + 4 * 4096, 8 * 4096, 4) == 0
+        expected[4:12] = [0] * 8
+    wrong = [p for p, key in enumerate(expected) if ctypes.string_at(at + p * 4096, 4096) != content(key)]
+    print("CORRUPT pages %s" % wrong if wrong else "OK pid=%d" % os.getpid(), flush=True)
+"""
+)
+
+
+def _lose_userfaultfds_on_their_way(guard: int) -> None:
+    """Take what is in the attic out of it, and close it."""
+    handle = os.pidfd_open(guard)
+    for number, path in processes.descriptors(guard).items():
+        if not path.startswith("socket:"):
+            continue
+        with socket.socket(fileno=pidfd.steal(handle, number)) as end, contextlib.suppress(OSError):
+            for _ in range(10):
+                for _level, _kind, rights in end.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT)[1]:
+                    os.close(int.from_bytes(rights[:4], sys.byteorder))
+    os.close(handle)
+
+
+def test_a_child_whose_userfaultfd_is_lost_is_found_by_the_next_guard(world: World) -> None:
+    """It dies with guard and keeper between the read of the fork's event and the attic."""
+    requirements_env.need("thread_pidfd")
+    victims = [world.python(_FORKER) for _ in range(2)]
+    world.extra_env["GPUKSM_FAULT"] = "fork-read:1:stop"
+    scan_until_merged(world, victims, ["area"])
+    forker, guard = victims[0], world.guard_pid()
+    child = int(forker.ask("fork")["pid"])
+    while processes.thread_states(guard) != {guard: "T"}:
+        time.sleep(0.01)
+    _lose_userfaultfds_on_their_way(guard)
+    world.kill_guard_and_keeper()
+    deadline = time.monotonic() + 10
+    while processes.userfault_flags(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert processes.store_mappings(child)
+    del world.extra_env["GPUKSM_FAULT"]
+    status = world.gpuksm("status", "--json").json()
+    assert child in {target["pid"] for target in status["targets"]}
+    for word in ("verify", "drop", "verify"):
+        forker.ask(word)
+    world.unmerge()
+    assert processes.store_mappings(child) == []
+    for victim in victims:
+        victim.ask("verify")

@@ -154,7 +154,7 @@ def footprint(pid: int) -> Footprint:
         threads=int(status["Threads"]),
         descriptors=tuple(sorted(descriptors(pid).items())),
         areas=_joined(pid),
-        userfault_flags=_userfault_flags(pid),
+        userfault_flags=userfault_flags(pid),
         coredump_filter=Path(f"/proc/{pid}/coredump_filter").read_text().strip(),
         tracer=status["TracerPid"].strip(),
     )
@@ -171,7 +171,7 @@ def _joined(pid: int) -> tuple[tuple[int, int, str, str], ...]:
     return tuple(joined)
 
 
-def _userfault_flags(pid: int) -> int:
+def userfault_flags(pid: int) -> int:
     """How many VMAs are registered with some userfaultfd ("um", "uw", "ui" in VmFlags)."""
     lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     flags = [set(line.split()[1:]) for line in lines if line.startswith("VmFlags:")]
