@@ -103,10 +103,13 @@ class Guard:
             self.drop(target)
             target = None
         allowed = eligibility.Allowed(*(bool(options.get(name)) for name in eligibility.Allowed._fields))
-        if target is None:
+        if target is None and children.maps_store(self, pid):
+            # An orphan, or one without anybody: never attached anew, as if nothing were merged in it.
             adoption.find_strays(self, [pid])
-            adoption.adopt_orphans(self)
+            adoption.settle(self)
             target = self.find(pid)
+            if target is None:
+                raise Unsupported(f"process {pid} is just being taken over; try again later")
         if target is None:
             reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:

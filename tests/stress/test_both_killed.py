@@ -294,3 +294,23 @@ def test_a_child_whose_userfaultfd_is_lost_is_found_by_the_next_guard(world: Wor
     assert processes.store_mappings(child) == []
     for victim in victims:
         victim.ask("verify")
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_what_is_not_taken_over_yet_is_not_attached_anew(world: World, turn: int) -> None:
+    """A takeover that fails is tried again some time later; a scan that comes in between has to wait."""
+    victims = _purgers(world)
+    before = [processes.footprint(victim.pid) for victim in victims]
+    world.scan(*victims)
+    world.kill_guard_and_keeper()
+    world.extra_env["GPUKSM_FAULT"] = f"attach-frozen:{turn}:eagain"
+    world.gpuksm("scan", *[part for victim in victims for part in ("--pid", victim.pid)])
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    for victim in victims:
+        victim.ask("run span")
+        victim.verify()
+        assert sum(mapping.pages for mapping in processes.anonymous_code(victim.pid)) == 1
+    world.unmerge()
+    for victim, was in zip(victims, before, strict=True):
+        victim.verify()
+        processes.await_nothing_left(victim.pid, was)
