@@ -138,6 +138,16 @@ def _terminate(guard: int) -> None:
         signal.pidfd_send_signal(guard, signal.SIGTERM)
 
 
+def _come_first() -> None:
+    """Run before what we wake, where that is allowed; those we start do not.
+
+    Reading a fork's event wakes the parent, which may take the processor from us: then milliseconds pass
+    until the child's userfaultfd is in the attic, instead of microseconds.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
 def main() -> None:
     """Keep a guard running until it ends by itself."""
     folder = Path(sys.argv[1])
@@ -148,6 +158,7 @@ def main() -> None:
     except BlockingIOError:
         return
     process.set_title("gpuksm keeper")
+    _come_first()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if "link" in kept:

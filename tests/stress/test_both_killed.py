@@ -6,12 +6,13 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
 import sys
 import time
 
 import pytest
 
-from gpuksm.linux import pidfd
+from gpuksm.linux import pidfd, procfs
 from tests import requirements_env
 from tests.stress.test_kill import KILLS
 from tests.support import processes
@@ -314,3 +315,17 @@ def test_what_is_not_taken_over_yet_is_not_attached_anew(world: World, turn: int
     for victim, was in zip(victims, before, strict=True):
         victim.verify()
         processes.await_nothing_left(victim.pid, was)
+
+
+def test_the_keeper_comes_first_and_nothing_else_of_ours(world: World) -> None:
+    victims = _purgers(world)
+    world.scan(*victims)
+    guard = world.guard_pid()
+    keeper = procfs.stat(guard).ppid
+    trial = subprocess.run(["chrt", "-f", "1", "true"], capture_output=True, check=False)
+    if trial.returncode:
+        pytest.skip("no real-time priority here")
+    assert os.sched_getscheduler(keeper) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+    assert os.sched_getscheduler(guard) == os.SCHED_OTHER
+    os.kill(guard, 9)
+    assert os.sched_getscheduler(world.guard_pid()) == os.SCHED_OTHER
