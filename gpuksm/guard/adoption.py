@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from gpuksm.errors import GpuksmError, TargetGone, Unsupported
+from gpuksm.errors import GpuksmError, NotPermitted, TargetGone, Unsupported
 from gpuksm.guard import callers, identity
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
@@ -75,7 +75,7 @@ def adopt_orphans(guard: Guard) -> None:
                 unmap_leftovers(attachment, guard.targets[orphan.id].memory)
         except TargetGone:
             _let_go(guard, orphan)
-        except (FreezeFailed, AgentStuck, Unsupported, OSError):
+        except (FreezeFailed, AgentStuck, Unsupported, NotPermitted, OSError):
             if not maps_store(guard, orphan.pid):
                 _let_go(guard, orphan)  # it called exec, or unmapped everything
                 continue

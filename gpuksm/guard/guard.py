@@ -109,7 +109,10 @@ class Guard:
             adoption.settle(self)
             target = self.find(pid)
             if target is None:
-                raise Unsupported(f"process {pid} is just being taken over; try again later")
+                raise Unsupported(
+                    f"process {pid} is just being taken over, or shares its memory with one that is merged; "
+                    "try again later"
+                )
         if target is None:
             reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:

@@ -35,7 +35,9 @@ _PRIVATE = {DIGESTS, REGISTER, UNREGISTER, BORN}
 LEDGER_NAME = "gpuksm-ledger"
 _BEGIN = struct.Struct("<I")  # in the first record, behind its kind: the page at which the others begin
 # A log is written anew when it has grown by this, and to so many times what it told then.
-_GROWTH_BYTES = int(os.environ.get("GPUKSM_JOURNAL_BYTES", 1 << 20))
+# What is no number is not believed: it must not keep a guard from starting.
+_WANTED = os.environ.get("GPUKSM_JOURNAL_BYTES", "")
+_GROWTH_BYTES = int(_WANTED) if _WANTED.isdecimal() else 1 << 20
 _GROWTH = 4
 
 

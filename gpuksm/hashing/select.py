@@ -23,7 +23,7 @@ SAMPLE_PAGES = 16384
 _BATCHES = 3
 # A backend that is this close to the quickest wins when it costs less CPU time.
 NEARLY = 0.9
-# What importing cupy, opening a context, pinning the ring and the self-tests take; measured in docs/gpu.md.
+# About what importing cupy, opening a context, pinning the ring and the self-tests take: a guess.
 GPU_START_SECONDS = 1.0
 # Any of these is there where a GPU's driver is: graphics of any vendor, AMD's and NVIDIA's computing,
 # WSL, Arm's Mali, accelerators.

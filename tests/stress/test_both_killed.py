@@ -135,6 +135,23 @@ for line in sys.stdin:
 )
 
 
+def _break_takeover_off(world: World, victim: Victim, command: str, fault: str) -> None:
+    """Kill guard and keeper, let `victim` wait in `command`, have the takeover that reads its event fail."""
+    world.kill_guard_and_keeper()
+    victim.send(command)
+    deadline = time.monotonic() + 10
+    while processes.waits_in(victim.pid) != "userfaultfd_event_wait_completion":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    world.extra_env["GPUKSM_FAULT"] = f"child-event-read:1:{fault}"
+    world.gpuksm("status", "--json")
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    victim.answer()
+    world.guard_pid()
+    for word in ("verify", "write", "verify"):
+        victim.ask(word)
+
+
 @pytest.mark.parametrize("action", ["fixed", "anywhere", "kept"])
 @pytest.mark.parametrize("fault", ["eagain", "kill"])
 def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
@@ -144,20 +161,7 @@ def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
     requirements_env.need("thread_pidfd")
     victims = [world.python(_MOVER) for _ in range(2)]
     scan_until_merged(world, victims, ["area"])
-    world.kill_guard_and_keeper()
-    mover = victims[0]
-    mover.send(action)
-    deadline = time.monotonic() + 10
-    while processes.waits_in(mover.pid) != "userfaultfd_event_wait_completion":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    world.extra_env["GPUKSM_FAULT"] = f"child-event-read:1:{fault}"
-    world.gpuksm("status", "--json")
-    assert "fault injected" in (world.folder / "guard.log").read_text()
-    mover.answer()
-    world.guard_pid()
-    for word in ("verify", "write", "verify"):
-        mover.ask(word)
+    _break_takeover_off(world, victims[0], action, fault)
     victims[1].verify()
 
 
@@ -207,20 +211,7 @@ def test_what_a_system_call_writes_into_discarded_memory_stays(world: World) -> 
     requirements_env.need("thread_pidfd")
     victims = [world.python(_READER) for _ in range(2)]
     scan_until_merged(world, victims, ["area"])
-    world.kill_guard_and_keeper()
-    reader = victims[0]
-    reader.send("read")
-    deadline = time.monotonic() + 10
-    while processes.waits_in(reader.pid) != "userfaultfd_event_wait_completion":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    world.extra_env["GPUKSM_FAULT"] = "child-event-read:1:kill"
-    world.gpuksm("status", "--json")
-    assert "fault injected" in (world.folder / "guard.log").read_text()
-    reader.answer()
-    world.guard_pid()
-    for word in ("verify", "write", "verify"):
-        reader.ask(word)
+    _break_takeover_off(world, victims[0], "read", "kill")
     victims[1].verify()
 
 
