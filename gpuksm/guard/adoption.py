@@ -27,6 +27,7 @@ from gpuksm.linux import procfs, uffd
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
+    from gpuksm.guard.target import Target
 
 _RETRY_SECONDS = 0.05
 _SEARCHES = 40
@@ -100,6 +101,24 @@ def find_strays(guard: Guard, pids: Iterable[int]) -> None:
         with contextlib.suppress(GpuksmError):
             if not _is_watched(guard, pid):
                 guard.orphans.append(Orphan(0, None, guard.new_id(), pid))
+
+
+def take_over(guard: Guard, pid: int) -> Target | None:
+    """Process `pid`, no target yet, as one if merged memory is in it: an orphan, or one without anybody.
+
+    It is never attached anew, as if nothing were merged in it: Unsupported when it has to wait (hazard 43).
+    """
+    if not maps_store(guard, pid):
+        return None
+    find_strays(guard, [pid])
+    settle(guard)
+    target = guard.find(pid)
+    if target is None:
+        raise Unsupported(
+            f"process {pid} is just being taken over, or shares its memory with one that is merged; "
+            "try again later"
+        )
+    return target
 
 
 def _is_watched(guard: Guard, pid: int) -> bool:

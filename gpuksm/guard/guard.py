@@ -103,16 +103,8 @@ class Guard:
             self.drop(target)
             target = None
         allowed = eligibility.Allowed(*(bool(options.get(name)) for name in eligibility.Allowed._fields))
-        if target is None and children.maps_store(self, pid):
-            # An orphan, or one without anybody: never attached anew, as if nothing were merged in it.
-            adoption.find_strays(self, [pid])
-            adoption.settle(self)
-            target = self.find(pid)
-            if target is None:
-                raise Unsupported(
-                    f"process {pid} is just being taken over, or shares its memory with one that is merged; "
-                    "try again later"
-                )
+        if target is None:
+            target = adoption.take_over(self, pid)
         if target is None:
             reason = eligibility.process_reason(pid, named=named, allowed=allowed)
             if reason is not None:
