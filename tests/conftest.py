@@ -119,3 +119,22 @@ def each_world(request: pytest.FixtureRequest, victims_folder: Path) -> Iterator
     """The same, once as the user who runs the tests and once unprivileged."""
     user = User(os.getuid()) if request.param == "self" else request.getfixturevalue("nobody")
     yield from _open_world(victims_folder, user)
+
+
+@pytest.fixture
+def container_world(victims_folder: Path) -> Iterator[World]:
+    """The same as root of a user namespace, as in a rootless container."""
+    requirements_env.need("root", "unshare", "nsenter")
+    holder = subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "sh", "-c", "echo; exec sleep 1000"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        with holder.stdout:
+            holder.stdout.readline()  # its user is mapped
+        inside = ("nsenter", "--user", f"--target={holder.pid}")
+        yield from _open_world(victims_folder, User(os.getuid(), inside, inside))
+    finally:
+        holder.kill()
+        holder.wait()

@@ -250,12 +250,12 @@ def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent
         own = _steal_socket(pid, memory, block)
         faults.point("attach-socket")
         os.pwrite(memory, _GO, block + 8)
-        agent_tid = stepper.next_result(nr.CLONE).rax
-        if agent_tid >> 63:
+        started = stepper.next_result(nr.CLONE).rax
+        if started >> 63:
             own.close()
             raise Unsupported(f"process {pid} cannot start a thread (process limit?); skipped")
-        agent = Agent(pid, agent_tid, block, own)
-        freeze.spare = agent_tid
+        freeze.spare = _thread_known_inside_as(pid, started)
+        agent = Agent(pid, freeze.spare, block, own)
         faults.point("attach-clone")
         stepper.next_result(nr.CLOSE)
         stepper.next_result(nr.CLOSE)
@@ -281,6 +281,17 @@ def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent
         if agent is not None:
             agent.close()
         raise
+
+
+def _thread_known_inside_as(pid: int, number: int) -> int:
+    """Our id of the thread of process `pid` that has the id `number` in its own pid namespace."""
+    if len(procfs.status(pid).get("NSpid", "").split()) <= 1:
+        return number
+    for tid in procfs.threads(pid):
+        with contextlib.suppress(TargetGone):
+            if procfs.thread_status(pid, tid)["NSpid"].split()[-1] == str(number):
+                return tid
+    raise TargetGone(f"process {pid} has exited")
 
 
 def _mapped(pid: int, result: int) -> int:

@@ -10,8 +10,9 @@ What must hold: what is in it is of use only where guard and keeper have died to
 believed as far as it is a userfaultfd; a process can put descriptors of its own there (it can
 take both ends from its agent).
 
-If we die while taking one out: of the others one, which we hold for a moment, may be lost here, and is
-with the keeper still.
+If we die while taking one out: one of the others is in the queue twice, and what was to go may be there
+still; the next guard takes it for a process to take over, finds that it is gone or has an agent, and lets
+it go.
 """
 
 from __future__ import annotations
@@ -83,6 +84,27 @@ def _receive(end: socket.socket, flags: int) -> tuple[int, int | None] | None:
     return int(data) if data.isdigit() else -1, good[0] if good else None
 
 
+def _length(end: socket.socket) -> int:
+    """How many messages are in the queue."""
+    end.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+    try:
+        for count in range(_MOST):
+            try:
+                if not end.recv(_BYTES, _FLAGS | socket.MSG_PEEK):
+                    return count
+            except OSError:
+                return count
+        return _MOST
+    finally:
+        end.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
+
+
+def _drop(end: socket.socket) -> None:
+    """Take the message at the head out; what it brings is closed, there being no room for it."""
+    with contextlib.suppress(BlockingIOError):
+        end.recv(_BYTES, _FLAGS)
+
+
 class Attic:
     """The guard's two ends of the queue, and what it knows to be in it."""
 
@@ -105,20 +127,22 @@ class Attic:
             self.inside.add(number)
 
     def remove(self, number: int) -> None:
-        """Take out what is there of process `number`."""
+        """Take out what is there of process `number`.
+
+        The queue is turned once.  Each of the others is sent again before it is taken out, so that it is
+        in there all the time, and twice for a moment; of those that are there twice one is left.
+        """
         if number not in self.inside:
             return
         self.inside.discard(number)
-        seen: set[int] = set()
+        kept: set[int] = set()
         with socket.socket(fileno=os.dup(self.receiving)) as end:
-            # Each of the others is out of the queue for a moment only.
-            while (message := _receive(end, 0)) is not None:
-                other, fd = message
-                if fd is None:
-                    continue
-                if other != number and not put(self.sending, other, fd):
-                    self.inside.discard(other)
-                os.close(fd)
-                if other == number or other in seen:
-                    return
-                seen.add(other)
+            for _ in range(_length(end)):
+                other, fd = _receive(end, socket.MSG_PEEK) or (-1, None)
+                if fd is not None:
+                    sent = other == number or other in kept or put(self.sending, other, fd)
+                    os.close(fd)
+                    if not sent:
+                        return  # no room: it stays at the head
+                    kept.add(other)
+                _drop(end)

@@ -18,7 +18,6 @@ from gpuksm import eligibility
 from gpuksm.errors import (
     GpuksmError,
     NoSuchProcess,
-    NotEnoughMemory,
     TargetGone,
     Unsupported,
 )
@@ -29,6 +28,7 @@ from gpuksm.guard import (
     children,
     events,
     faults,
+    headroom,
     journal,
     plan,
     reclaim,
@@ -46,8 +46,7 @@ from gpuksm.guard.registry import Registry
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.tether import Tether
-from gpuksm.linux import census, procfs, uffd
-from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux import census, probe, procfs, uffd
 
 
 class Guard:
@@ -68,7 +67,7 @@ class Guard:
         self.census = ProcessCensus()
         self.pace = Pace()
         self.orphans: list[children.Orphan] = []
-        self.privileged = _has_sys_ptrace()
+        self.privileged = probe.has_fork_events()
         self.tether = Tether(self)
         self._next_target = 1
         self.reclaimer = reclaim.Reclaimer(store)
@@ -352,13 +351,7 @@ class Guard:
                 if pid not in known and not os.path.exists(f"/proc/{pid}"):
                     raise NoSuchProcess(f"there is no process {pid}; see `gpuksm status` for what is merged")
             chosen = [known[pid] for pid in pids if pid in known]
-        need = sum(target.runs.pages for target in chosen) * PAGE_SIZE
-        free = procfs.available_memory()
-        if need and need > free * 9 // 10:
-            raise NotEnoughMemory(
-                f"unmerging needs {need >> 20} MiB and only {free >> 20} MiB are available; "
-                "free memory or unmerge some processes first (--pid)"
-            )
+        headroom.check_unmerge(chosen)
         pages = 0
         pauses: list[int] = []
         failed = {
@@ -446,11 +439,6 @@ def _retry(call: Callable[[], Any]) -> Any:
                 raise
             time.sleep(0.02 * (attempt + 1))
     raise AssertionError
-
-
-def _has_sys_ptrace() -> bool:
-    effective = int(procfs.status(os.getpid())["CapEff"], 16)
-    return bool(effective >> 19 & 1)
 
 
 def _budget(pid: int) -> int | None:

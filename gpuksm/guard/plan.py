@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from gpuksm import eligibility, wire
 from gpuksm.errors import NotPermitted, TargetGone, UsageError
-from gpuksm.guard import faults, journal, verify
+from gpuksm.guard import faults, headroom, journal, verify
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.commit import Committer, Outcome, Pace
 from gpuksm.guard.freeze import FreezeFailed
@@ -267,32 +267,54 @@ def _window(part: Planned) -> tuple[int, int]:
 
 def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
     filled, extents, before = 0, set[int](), host.store.used_bytes()
+    room = headroom.store_pages()
+    empty: list[Planned] = []
     for item in portion:
         if item.op not in _FILLS:
             continue
         target = host.targets.get(item.target)
         if target is None or item.extent is None:
+            empty.append(item)
             continue
-        if host.store.user_of(item.slot) != target.user:
-            outcome.skip("other-user", item.pages)
+        if host.store.user_of(item.slot) != target.user or item.pages > room:
+            outcome.skip("guard-memory-limit" if item.pages > room else "other-user", item.pages)
+            empty.append(item)
             continue
+        room -= item.pages
         tid = target.link.agent.tid
         extents.add(item.extent)
+        done = 0
         try:
             if item.op == wire.OP_FILL_REPLICA:
-                filled += verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
-                continue
-            done = verify.fill(host.store, tid, item.addr, item.pages, item.slot, host.breathe)
+                done = verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
+            else:
+                done = verify.fill(host.store, tid, item.addr, item.pages, item.slot, host.breathe)
         except ProcessLookupError:
             host.drop(target)
+        filled += done
+        if done < item.pages:
+            empty.append(item._replace(slot=item.slot + done, pages=item.pages - done))
+        if item.op == wire.OP_FILL_REPLICA:
             continue
         if done:
             pieces.setdefault(item.target, []).append(Piece(item.record, item.addr, done, item.slot))
-        filled += done
         outcome.skip("unreadable", item.pages - done)
+    _forget(host, empty)
     if host.store.used_bytes() - before > filled * PAGE_SIZE:
         host.store.trim(extents)
     faults.point("filled")
+
+
+def _forget(host: Host, empty: list[Planned]) -> None:
+    """Take back what `_remember` says of slots that could not be filled: no later plan may count on them."""
+    for start in {item.extent for item in empty if item.extent is not None}:
+        column = bytearray(host.store.digests_of(start))
+        for item in empty:
+            if item.extent == start:
+                at = (item.slot - start) * 8
+                column[at : at + item.pages * 8] = bytes(item.pages * 8)
+        host.store.set_digests(start, 0, bytes(column))
+        host.journal.append(journal.DIGESTS, 0, start, len(column) // 8, column=bytes(column))
 
 
 def _column(item: Planned, digests: bytes) -> bytes:

@@ -91,6 +91,8 @@ class Tether:
                 stop = ptrace.peek_stop(tid)
                 if stop is not None:
                     self._serve(target, tid, stop)
+        # A child that has stopped already will not tell us again.
+        self._loose = {tid for tid in self._loose if not _let_go(tid)}
 
     def _serve(self, target: Target, tid: int, stop: ptrace.Stop) -> None:
         if stop.kind == "gone":

@@ -33,6 +33,24 @@ def userfaultfd_features() -> tuple[int, bool]:
     return _API.unpack(argument)[1], kernel_mode
 
 
+def has_fork_events() -> bool:
+    """Whether a userfaultfd may tell this process of forks (CAP_SYS_PTRACE of the first user namespace).
+
+    Root of another user namespace, a rootless container's for one, has the capability there and not here.
+    """
+    try:
+        fd = _userfaultfd(uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
+    except OSError:
+        return False
+    try:
+        uffd.api(fd, uffd.FEATURE_EVENT_FORK)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def has_thread_pidfds() -> bool:
     """Whether there are pidfds of single threads (PIDFD_THREAD, Linux 6.9)."""
     try:

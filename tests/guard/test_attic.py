@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from gpuksm.guard import attic
 from gpuksm.guard.attic import Attic, copies, put
 from gpuksm.linux import _libc, uffd
 from tests import requirements_env
@@ -37,8 +38,8 @@ def make_attic() -> Iterator[Callable[[], Attic]]:
         return made[-1]
 
     yield make
-    for attic in made:
-        for end in (attic.sending, attic.receiving):
+    for each in made:
+        for end in (each.sending, each.receiving):
             with contextlib.suppress(OSError):  # closed by the test
                 os.close(end)
 
@@ -72,23 +73,51 @@ def test_one_is_taken_out(uffds: list[int], make_attic: Callable[[], Attic]) -> 
     assert not select.select([again.receiving], [], [], 0)[0]
 
 
+def test_none_is_ever_out_of_the_queue_while_another_is_taken_out(
+    uffds: list[int], make_attic: Callable[[], Attic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """We may die, and the keeper with us, between any two system calls of it."""
+    again = make_attic()
+    for number, fd in enumerate(uffds):
+        again.put(number, fd)
+    others: list[set[int]] = []
+    drop = attic._drop
+
+    def look(end: socket.socket) -> None:
+        others.append(_close(copies(again.receiving)))
+        drop(end)
+        others.append(_close(copies(again.receiving)))
+        raise InterruptedError
+
+    monkeypatch.setattr(attic, "_drop", look)
+    for _ in range(4):
+        with contextlib.suppress(InterruptedError):
+            Attic(again.sending, again.receiving).remove(2)
+    assert all(seen >= {0, 1} for seen in others)
+    monkeypatch.undo()
+    for number, left in ((2, {0, 1}), (0, {1}), (1, set[int]())):
+        Attic(again.sending, again.receiving).remove(number)
+        assert _close(copies(again.receiving)) == left
+    assert not select.select([again.receiving], [], [], 0)[0]  # nor is one there twice
+
+
 def test_what_is_no_userfaultfd_is_not_taken(uffds: list[int], make_attic: Callable[[], Attic]) -> None:
-    attic = make_attic()
+    queue = make_attic()
     one, other = os.pipe()
-    put(attic.sending, 7, one)
-    attic.put(8, uffds[0])
+    put(queue.sending, 7, one)
+    queue.put(8, uffds[0])
     with open(os.devnull) as file:
-        put(attic.sending, 9, file.fileno())
-    assert _close(copies(attic.receiving)) == {8}
+        put(queue.sending, 9, file.fileno())
+    assert _close(copies(queue.receiving)) == {8}
     os.close(one)
     os.close(other)
 
 
 def test_a_full_queue_does_not_block(uffds: list[int], make_attic: Callable[[], Attic]) -> None:
-    attic = make_attic()
-    with socket.socket(fileno=os.dup(attic.sending)) as end:
+    queue = make_attic()
+    with socket.socket(fileno=os.dup(queue.sending)) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     for number in range(1000):
-        attic.put(number, uffds[0])
-    assert 10 < len(attic.inside) < 1000
-    assert _close(copies(attic.receiving)) == attic.inside
+        queue.put(number, uffds[0])
+    assert 10 < len(queue.inside) < 1000
+    assert _close(copies(queue.receiving)) == queue.inside

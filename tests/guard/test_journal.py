@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -175,3 +177,11 @@ def test_what_an_append_that_was_broken_off_leaves_is_cleared() -> None:
     successor.trim()
     successor.append(journal.GONE, 3)
     assert [record.target for record in Journal(os.dup(log.fd)).replay()] == [1, 3]
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1e6", "2048"])
+def test_a_senseless_size_keeps_no_guard_from_starting(text: str) -> None:
+    script = "from gpuksm.guard import journal; print(journal._GROWTH_BYTES)"
+    env = {**os.environ, "GPUKSM_JOURNAL_BYTES": text}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True)
+    assert int(done.stdout) == (2048 if text == "2048" else 1 << 20)

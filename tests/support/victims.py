@@ -136,6 +136,8 @@ class Victim:
                 states = processes.thread_states(self.pid)
                 assert time.monotonic() < deadline, f"victim {self.name} ({self.pid}) does not end: {states}"
                 time.sleep(0.005)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)  # what it was started by ends after it
         finally:
             self.kill()
         if self.expect_status is not None:
