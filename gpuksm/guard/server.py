@@ -32,6 +32,7 @@ from gpuksm.linux import process, procfs
 _IDLE_SECONDS = 3.0
 _TICK_MS = 500
 _BUSY_TICK_MS = 10
+_HOUSEKEEPING_SECONDS = 0.02  # may wait so long while threads stop and go on
 _MAX_CLIENTS = 64
 
 Reply = tuple[dict[str, Any], bytes]
@@ -126,10 +127,7 @@ class Server:
     def run(self) -> None:
         """Serve until idle or told to stop."""
         while not self._finished():
-            ready = self._poll()
-            with contextlib.suppress(BlockingIOError):
-                while self._wake.recv(4096):
-                    pass
+            ready = self._await_more_than_stops()
             self.guard.breathe()
             for fd in ready:
                 if fd == self.listener.fileno():
@@ -145,6 +143,23 @@ class Server:
         for target in list(self.guard.targets.values()):
             self.guard.drop(target)  # or its agent would wait for our successor
 
+    def _await_more_than_stops(self) -> set[int]:
+        """Descriptors that are ready, once there is more to do than to let tethered threads go on.
+
+        Each signal of a tethered target stops one: that must not wait for housekeeping.
+        """
+        due = time.monotonic() + _HOUSEKEEPING_SECONDS
+        while True:
+            ready = self._poll()
+            with contextlib.suppress(BlockingIOError):
+                while self._wake.recv(4096):
+                    pass
+            if ready != {self._wake.fileno()} or self._told_to_end or time.monotonic() > due:
+                return ready
+            self.guard.tether.serve()
+            if self.guard.orphans:
+                return ready
+
     def _poll(self) -> set[int]:
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
@@ -154,7 +169,7 @@ class Server:
         link = self.keeping.link()
         if link is not None:
             poll.register(link, select.POLLIN)
-        waiting = bool(self.guard.orphans) or not release_stragglers()
+        waiting = bool(self.guard.orphans) or self.guard.tether.restless or not release_stragglers()
         for target in self.guard.targets.values():
             poll.register(target.link.agent.sock, select.POLLIN)
             if target.parked is None:

@@ -35,6 +35,7 @@ _OPTIONS = (
     | ptrace.O_TRACEEXEC
 )
 _RELEASE_NS = 50_000_000
+_SERVE_NS = 10_000_000  # then it is the others' turn
 
 
 class Tether:
@@ -43,6 +44,8 @@ class Tether:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._loose: set[int] = set()  # to be let go as soon as they stop
+        self._new = 0  # tasks that our tracees have started so far
+        self.restless = False  # some that are new may not have been looked at
 
     def hold(self, target: Target) -> None:
         """Trace all threads of `target` but the agent from now on."""
@@ -82,17 +85,26 @@ class Tether:
         self._loose |= {tid for tid in tids if not _let_go(tid)}
 
     def serve(self) -> None:
-        """Handle every stop of a tethered thread."""
-        self._loose = {tid for tid in self._loose if not _let_go(tid)}
-        for target in list(self._guard.targets.values()):
-            if target.parked is not None:
-                continue
-            for tid in list(target.tethered):
-                stop = ptrace.peek_stop(tid)
-                if stop is not None:
-                    self._serve(target, tid, stop)
-        # A child that has stopped already will not tell us again.
-        self._loose = {tid for tid in self._loose if not _let_go(tid)}
+        """Handle every stop of a tethered thread.
+
+        A task that is new to us may have stopped before we knew it, and will not tell us again: as long as
+        there are new ones all are looked at once more.
+        """
+        deadline = time.monotonic_ns() + _SERVE_NS
+        self.restless = True
+        while self.restless:
+            known = self._new
+            for target in list(self._guard.targets.values()):
+                if target.parked is not None:
+                    continue
+                for tid in list(target.tethered):
+                    stop = ptrace.peek_stop(tid)
+                    if stop is not None:
+                        self._serve(target, tid, stop)
+            self._loose = {tid for tid in self._loose if not _let_go(tid)}
+            self.restless = self._new != known
+            if time.monotonic_ns() > deadline:
+                return
 
     def _serve(self, target: Target, tid: int, stop: ptrace.Stop) -> None:
         if stop.kind == "gone":
@@ -116,6 +128,7 @@ class Tether:
     def _new_task(self, target: Target, tid: int, event: int) -> None:
         if event not in (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE):
             return
+        self._new += 1
         new = ptrace.event_message(tid)
         if event == ptrace.EVENT_CLONE and census.process_of_thread(new) == target.pid:
             target.tethered.add(new)
