@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, NotPermitted, TargetGone, Unsupported
-from gpuksm.linux import procfs
+from gpuksm.linux import procfs, seccomp
 from gpuksm.linux._libc import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -150,11 +150,13 @@ def _thread_reason(pid: int, allow_seccomp: bool) -> GpuksmError | None:
             return Unsupported(
                 f"process {pid} is traced by process {tracer} (a debugger?); detach that first"
             )
-        seccomp = status.get("Seccomp", "0")
-        if seccomp == "1" or (seccomp != "0" and not allow_seccomp):
+        seccomp_mode = status.get("Seccomp", "0")
+        if seccomp_mode == "1":
+            return Unsupported(f"process {pid} is in seccomp's strict mode; leave it out")
+        if seccomp_mode != "0" and not allow_seccomp and not seccomp.readable():
             return Unsupported(
-                f"process {pid} has seccomp filters that could kill it when gpuksm attaches; "
-                "if you know that they let mmap and clone pass: --allow-seccomp"
+                f"process {pid} has seccomp filters that only root can read, and that could kill it when "
+                "gpuksm attaches; if you know that they let mmap and clone pass: --allow-seccomp"
             )
     return None
 

@@ -93,9 +93,14 @@ def _memory() -> str:
     return "" if available_kb > 4 << 20 else f"only {available_kb} kB of memory available"
 
 
+def _userfaultfd_device() -> str:
+    return "" if os.access("/dev/userfaultfd", os.R_OK | os.W_OK) else "/dev/userfaultfd cannot be opened"
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "uffd": _uffd,
     "thread_pidfd": _thread_pidfd,
     "root": _root,
+    "userfaultfd_device": _userfaultfd_device,
     "memory": _memory,
 }

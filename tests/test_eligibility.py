@@ -15,7 +15,7 @@ import pytest
 
 from gpuksm import eligibility
 from gpuksm.errors import NoSuchProcess, Unsupported
-from gpuksm.linux import procfs, vm
+from gpuksm.linux import procfs, seccomp, vm
 from gpuksm.linux.procfs import SmapsVma, Vma
 
 PAGE = 4096
@@ -146,7 +146,8 @@ def test_traced_by_a_debugger():
             tracer.wait()
 
 
-def test_seccomp_of_any_thread():
+def test_seccomp_of_any_thread(monkeypatch):
+    monkeypatch.setattr(seccomp, "readable", lambda: False)
     filtered = (
         "import threading\ndef run():\n"
         "  code = (ctypes.c_uint64 * 1)(0x7FFF000000000006)\n"
@@ -159,6 +160,8 @@ def test_seccomp_of_any_thread():
     with victim(filtered) as pid:
         assert "seccomp" in str(reason(pid))
         assert reason(pid, seccomp=True) is None
+        monkeypatch.setattr(seccomp, "readable", lambda: True)
+        assert reason(pid) is None  # whoever attaches it reads them
 
 
 @pytest.mark.parametrize(

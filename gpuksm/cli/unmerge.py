@@ -28,7 +28,8 @@ def command(selection: Selection, everything: bool, max_pause: float, as_json: b
 
     Refuses (exit 10) when there is too little free memory for the copies;
     nothing is changed then. Ends with 7 when a process could not be given its
-    pages back because it could not be stopped, not even at later tries.
+    pages back: it could not be stopped, not even at later tries, or has got
+    a seccomp filter that does not let it map memory.
     """
     from gpuksm import targets
     from gpuksm.client import GuardClient
@@ -50,8 +51,9 @@ def _unmerge(guard: GuardClient, pids: list[int] | None, max_pause_us: int) -> d
     found: dict[str, Any] = {"pages": 0, "pauses_us": [], "failed": {}}
     deadline = time.monotonic() + RETRY_SECONDS
     waiting: list[list[int] | None] = [pids]
+    lasting: dict[str, str] = {}
     while waiting:
-        found["failed"] = {}
+        found["failed"] = dict(lasting)
         for chosen in waiting:
             try:
                 reply, _ = guard.request("unmerge", pids=chosen, max_pause_us=max_pause_us)
@@ -62,8 +64,9 @@ def _unmerge(guard: GuardClient, pids: list[int] | None, max_pause_us: int) -> d
             found["pages"] += reply["pages"]
             found["pauses_us"] += reply["pauses_us"]
             found["failed"] |= reply["failed"]
+            lasting |= {pid: reply["failed"][pid] for pid in reply.get("lasting", ())}
         if time.monotonic() > deadline:
             break
-        waiting = [[int(pid)] for pid in found["failed"]]
+        waiting = [[int(pid)] for pid in found["failed"] if pid not in lasting]
         time.sleep(RETRY_EVERY_SECONDS if waiting else 0)
     return found

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, NotPermitted, TargetGone, Unsupported
-from gpuksm.guard import callers, identity
+from gpuksm.guard import callers, identity, sandbox
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
 from gpuksm.guard.children import Orphan, maps_store
@@ -68,13 +68,14 @@ def adopt_orphans(guard: Guard) -> None:
                 fork_events=guard.privileged,
                 tethered=orphan.tethered,
                 child=orphan,
+                believed=orphan.filters,
             )
             if not guard.privileged:
                 guard.tether.hold(guard.targets[orphan.id])
             with contextlib.suppress(OSError, TargetGone, AgentStuck):
                 # Of the dead guard's agent, or inherited from the parent.
                 unmap_leftovers(attachment, guard.targets[orphan.id].memory)
-        except TargetGone:
+        except (TargetGone, sandbox.Forbidden):
             _let_go(guard, orphan)
         except (FreezeFailed, AgentStuck, Unsupported, NotPermitted, OSError):
             if not maps_store(guard, orphan.pid):

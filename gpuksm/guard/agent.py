@@ -18,6 +18,9 @@ What must hold (docs/hazards.md 9, 10):
   waits, performing nothing, with the userfaultfds, the store and the ledger in its own
   descriptor table, for a word of ours or of a successor.  So events wait where guard and
   keeper have died together (hazard 14, waiting.py).
+- An agent whose filters have become more (seccomp, another thread's TSYNC) does nothing that they might
+  answer with a signal (sandbox.py): it is *muzzled*, every system call that it would make fails
+  with EPERM, and only watching memory, which can be done from outside, is done.
 - The control block is reached through the agent's own thread id: after exec the
   process id means another address space, the agent's thread is gone.
 
@@ -28,6 +31,8 @@ go, the agent finishes the entry that it is in (and what is linked to it) and wa
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import select
 import socket
@@ -36,7 +41,8 @@ import time
 from collections.abc import Iterator
 
 from gpuksm.errors import TargetGone
-from gpuksm.linux import census, vm
+from gpuksm.guard import arch, sandbox
+from gpuksm.linux import census, uffd, vm
 from gpuksm.linux.memory import PageBuffer
 
 TABLE_OFFSET = 4096
@@ -105,7 +111,8 @@ class Table:
 class Agent:
     """The agent of one target: its thread id, control block and socket."""
 
-    def __init__(self, pid: int, tid: int, block: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, tid: int, block: int, sock: socket.socket, filtered: bool = False) -> None:
+        self.filtered = filtered  # by seccomp, from the start
         self.pid = pid
         self.tid = tid
         self.block = block
@@ -118,6 +125,10 @@ class Agent:
         self._pending: tuple[int, int] | None = None  # entries, claimable groups of a stuck request
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._ours: dict[int, int] = {}  # our duplicates of its userfaultfds, by their numbers in its table
+        self._status: int | None = None  # its /proc status, once it is equipped
+        self._muzzled = False
+        self.filters = 0  # seccomp filters that it had from the start, and those that let it go on since
 
     def aux_address(self, table: Table, data: bytes) -> int:
         """Put `data` beside `table` in the control block; its address in the target."""
@@ -141,8 +152,50 @@ class Agent:
         """
         if not len(table):
             return []
+        if self.muzzled():
+            return self._refuse(table)
         self.start(table)
         return self.finish(table, wait_ns)
+
+    def equipped(self, ours: dict[int, int]) -> None:
+        """It has what it needs, `ours` being our duplicates of its userfaultfds; filters count now."""
+        self._ours = ours
+        with self._errors():
+            self._status = os.open(f"/proc/{self.pid}/task/{self.tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            self.filters = self._filter_count() or 0
+
+    def muzzled(self) -> bool:
+        """Whether it must make no system call any more, for filters that came after it."""
+        if self._status is None or self._muzzled:
+            return self._muzzled
+        count = self._filter_count()
+        if count is not None and count != self.filters:
+            self._muzzled = not sandbox.lets_agent_work(self.tid)
+            self.filters = self.filters if self._muzzled else count
+        return self._muzzled
+
+    def _filter_count(self) -> int | None:
+        """How many filters it has (told by Linux 5.9 and newer); None of an agent that is gone."""
+        assert self._status is not None
+        try:
+            text = os.pread(self._status, 4096, 0)
+        except ProcessLookupError:
+            return None
+        _, found, rest = text.partition(b"Seccomp_filters:")
+        return int(rest.split(None, 1)[0]) if found else 0
+
+    def _refuse(self, table: Table) -> list[int]:
+        """The results of `table` when its calls must not be made: watching is done by us, all else fails."""
+        results: list[int] = []
+        for _, flags, number, fd, request, argument, *_ in _ENTRY.iter_unpack(table.entries):
+            result = -errno.EPERM
+            if number == arch.current().NR.IOCTL and request == uffd.UFFDIO_REGISTER and fd in self._ours:
+                at = argument - self.block - AUX_OFFSET
+                result = _ioctl(self._ours[fd], request, table.aux[at : at + uffd.REGISTER_BYTES])
+            elif flags & _AFTER_SUCCESS and results and results[-1] != 0:
+                result = -errno.ECANCELED
+            results.append(result)
+        return results
 
     def start(self, table: Table) -> None:
         """Hand `table` to the agent without waiting; `finish` must follow."""
@@ -179,6 +232,10 @@ class Agent:
         self._acknowledged(0)
         return True
 
+    def exists(self) -> bool:
+        """False once the process has exited or called exec."""
+        return census.thread_exists(self.pid, self.tid)
+
     def ended(self) -> bool:
         """True when the agent has closed its end (the process exited or called exec)."""
         try:
@@ -204,6 +261,9 @@ class Agent:
         self.sock.close()
         os.close(self.tokens)
         os.close(self.word)
+        if self._status is not None:
+            os.close(self._status)
+            self._status = None
 
     # -- inside ---------------------------------------------------------------
 
@@ -212,7 +272,7 @@ class Agent:
         """TargetGone where the control block cannot be reached: exit or exec has ended the agent."""
         try:
             yield
-        except ProcessLookupError:
+        except (ProcessLookupError, FileNotFoundError):
             raise TargetGone(f"the agent of process {self.pid} is gone") from None
 
     def _write(self, table: Table) -> None:
@@ -283,6 +343,46 @@ class Agent:
                 vm.readv(self.tid, [(_SCRATCH.address, size)], [(self.block + TABLE_OFFSET, size)])
         results = list(struct.unpack_from(f"<{performed * 8}q", _SCRATCH.data)[1::8])
         return results + [-125] * (count - performed)
+
+
+class Muzzled(Agent):
+    """In the place of an agent where filters would not let one start: a forked child's."""
+
+    EVENT = 0  # the number by which tables know its event userfaultfd
+
+    def __init__(self, pid: int, uffd_event: int) -> None:
+        ours, self._other = socket.socketpair()
+        super().__init__(pid, 0, 0, ours)
+        self._ours = {self.EVENT: uffd_event}
+        self._muzzled = True
+
+    def exists(self) -> bool:
+        """Whether the process still has the memory that is watched."""
+        return uffd.memory_exists(self._ours[self.EVENT])
+
+    def settled(self) -> bool:
+        """It never has anything to do."""
+        return True
+
+    def ended(self) -> bool:
+        """Nobody closes a socket for it."""
+        return not self.exists()
+
+    def stay(self, has: tuple[int, ...], target: int) -> None:
+        """There is nobody who could: with guard and keeper dead the attic holds its userfaultfd."""
+
+    def close(self) -> None:
+        self._other.close()
+        super().close()
+
+
+def _ioctl(fd: int, request: int, argument: bytes | bytearray) -> int:
+    """The result of an ioctl as the system call gives it."""
+    try:
+        fcntl.ioctl(fd, request, bytearray(argument))
+    except OSError as error:
+        return -(error.errno or errno.EPERM)
+    return 0
 
 
 def _entries_of_groups(table: Table, groups: int) -> int:

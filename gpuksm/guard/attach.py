@@ -23,26 +23,24 @@ If we die:
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import socket
 import struct
 import time
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone, Unsupported
-from gpuksm.guard import arch, faults
-from gpuksm.guard.agent import UNUSED_OFFSETS, Agent, AgentStuck, Table
+from gpuksm.errors import NotPermitted, TargetGone, Unsupported
+from gpuksm.guard import arch, faults, places, sandbox
+from gpuksm.guard.agent import Agent, Table
+from gpuksm.guard.equipment import Attachment, equip, reserve_mappings, without_agent
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus
-from gpuksm.linux import pidfd, procfs, ptrace, uffd, vm
+from gpuksm.linux import pidfd, procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 _ATTACH_DEADLINE_NS = 200_000_000
 _PR_SET_NAME = 15
 AGENT_NAME = "gpuksm-agent"
-_CAPABILITY_VERSION_3 = 0x20080522
 _RSEQ_CS_OFFSET = 8
 _GO = struct.pack("<Ii24xi", 1, -1, -1)  # go, no eventfd to claim by, none to wait for
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
@@ -63,25 +61,6 @@ class ForkedChild(Protocol):
         """Called once the agent is there and before the child goes on."""
 
 
-@dataclass
-class Attachment:
-    """What an attach leaves us with; every descriptor is ours to close."""
-
-    agent: Agent
-    uffd_track: int
-    uffd_event: int
-    agent_track: int  # the same userfaultfds by their numbers in the agent's table
-    agent_event: int
-    agent_store: int
-    agent_held: tuple[int, ...]  # word, store, ledger, both ends of the attic
-    code: int
-
-    def stay(self, target: int) -> None:
-        """The agent stays with the target of this id until it has our word; TargetGone."""
-        word, *gifts = self.agent_held
-        self.agent.stay((word, self.agent_event, *gifts), target)
-
-
 def attach(
     pid: int,
     gifts: tuple[int, ...],
@@ -89,13 +68,18 @@ def attach(
     *,
     fork_events: bool,
     tethered: set[int],
+    believed: int | None,
     child: ForkedChild | None = None,
 ) -> Attachment:
     """Put an agent into process `pid`, give it store, ledger and attic and take its two userfaultfds.
 
+    `believed`: seccomp filters that cannot be read are believed to let us work if there are so many of
+    them, or any number (None).  A child whose filters do not let us is served without an agent, as far as
+    that goes: sandbox.Forbidden where it has no userfaultfd.
     Raises TargetGone, FreezeFailed (try later), NotPermitted, Unsupported,
     FeatureMissing.  The target goes on whatever happens.
     """
+    far = places.far_place(pid)  # not in the freeze, which it would prolong; what it says is a wish
     freeze = Freeze(pid, None, tethered)
     freeze.complete(child.service if child else None, _ATTACH_DEADLINE_NS)
     memory = None
@@ -107,18 +91,27 @@ def attach(
         freeze.check_unshared(census)
         if child is not None:
             child.check()
-        agent, code = _bootstrap(pid, freeze, memory, place)
-        if child is not None:
-            attachment = _equipped(agent, code, gifts, fork_events, child.uffd_event)
+        try:
+            agent, code = _bootstrap(pid, freeze, memory, place, far, believed)
+        except sandbox.Forbidden as error:
+            if child is None:
+                raise Unsupported(str(error)) from None
+            if child.uffd_event is None:
+                raise
+            attachment = without_agent(pid, child.uffd_event)
             child.inside(attachment)
-            _reserve_mappings(agent)
+            return attachment
+        if child is not None:
+            attachment = equip(agent, code, gifts, fork_events, child.uffd_event)
+            child.inside(attachment)
+            reserve_mappings(agent)
             return attachment
     finally:
         freeze.thaw()
         if memory is not None:
             os.close(memory)
-    attachment = _equipped(agent, code, gifts, fork_events, None)
-    _reserve_mappings(agent)
+    attachment = equip(agent, code, gifts, fork_events, None)
+    reserve_mappings(agent)
     return attachment
 
 
@@ -215,7 +208,9 @@ class _Stepper:
                 raise _BootstrapFault(f"process {self.pid} cannot run the bootstrap (signal {stop.signal})")
 
 
-def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent, int]:
+def _bootstrap(
+    pid: int, freeze: Freeze, memory: int, place: int, far: int, believed: int | None
+) -> tuple[Agent, int]:
     """Run the bootstrap on a frozen thread; the agent, ready for its first table, and its code page."""
     x86 = arch.current()
     nr = x86.NR
@@ -223,8 +218,11 @@ def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent
     registers = ptrace.get_registers(tid)
     if not x86.is_native(registers):
         raise Unsupported(f"process {pid} runs 32-bit code; skipped")
+    filtered = sandbox.check_attach(
+        pid, tid, device=os.access(uffd.DEVICE, os.R_OK | os.W_OK), believed=believed
+    )
     signal_mask = ptrace.get_signal_mask(tid)
-    code = x86.bootstrap_code(registers, signal_mask)
+    code = x86.bootstrap_code(registers, signal_mask, far)
     unused = os.pread(memory, len(code), place)
     os.pwrite(memory, code, place)
     hijacked = registers.copy()
@@ -255,7 +253,7 @@ def _bootstrap(pid: int, freeze: Freeze, memory: int, place: int) -> tuple[Agent
             own.close()
             raise Unsupported(f"process {pid} cannot start a thread (process limit?); skipped")
         freeze.spare = _thread_known_inside_as(pid, started)
-        agent = Agent(pid, freeze.spare, block, own)
+        agent = Agent(pid, freeze.spare, block, own, filtered)
         faults.point("attach-clone")
         stepper.next_result(nr.CLOSE)
         stepper.next_result(nr.CLOSE)
@@ -319,142 +317,3 @@ def _hand_back(pid: int, tid: int, registers: ptrace.Registers, freeze: Freeze) 
     ptrace.interrupt(tid)
     ptrace.cont(tid)
     freeze.stops[tid] = _await_stop(pid, tid)
-
-
-def _equipped(
-    agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None
-) -> Attachment:
-    try:
-        return _equip(agent, code, gifts, fork_events, inherited_event)
-    except BaseException:
-        agent.close()
-        raise
-
-
-def _equip(
-    agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None
-) -> Attachment:
-    """Give the agent its eventfds and `gifts`, drop its capabilities, take the userfaultfds."""
-    nr = arch.current().NR
-    _drop_capabilities(agent, nr)
-    fds = [agent.tokens, agent.word, *gifts] + ([inherited_event] if inherited_event is not None else [])
-    tokens, *numbers = _send_descriptors(agent, nr, fds)
-    held, event = tuple(numbers[: 1 + len(gifts)]), numbers[1 + len(gifts) :]
-    _write_i32(agent, agent.block + 12, tokens)
-    agent.claims = True
-    track = _create_uffd(agent, nr)
-    if not event:
-        event = [_create_uffd(agent, nr)]
-    if inherited_event is None:
-        ours = _receive_descriptors(agent, nr, (track, event[0]))
-    else:
-        ours = [*_receive_descriptors(agent, nr, (track,)), inherited_event]
-    try:
-        features = uffd.FEATURE_WP_ASYNC | uffd.FEATURE_WP_UNPOPULATED
-        uffd.api(ours[0], features)
-        if inherited_event is None:
-            uffd.api(ours[1], features | event_features(fork_events))
-    except OSError as error:
-        for fd in ours:
-            os.close(fd)
-        raise FeatureMissing(
-            f"this kernel's userfaultfd cannot track writes ({error.strerror}); Linux 6.7 or newer is needed"
-        ) from None
-    return Attachment(agent, ours[0], ours[1], track, event[0], held[1], held, code)
-
-
-def event_features(fork_events: bool) -> int:
-    """Features of the userfaultfd that watches merged memory."""
-    features = uffd.FEATURE_EVENT_REMOVE | uffd.FEATURE_EVENT_REMAP | uffd.FEATURE_EVENT_UNMAP
-    return features | (uffd.FEATURE_EVENT_FORK if fork_events else 0)
-
-
-def _create_uffd(agent: Agent, nr: Any) -> int:
-    try:
-        return agent.call(nr.USERFAULTFD, uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
-    except OSError as error:
-        raise Unsupported(
-            f"process {agent.pid} may not use userfaultfd ({error.strerror}); skipped"
-        ) from None
-
-
-def _write_i32(agent: Agent, address: int, value: int) -> None:
-    """Write one 32-bit word into the agent's control block."""
-    word = bytearray(struct.pack("<i", value))
-    vm.writev(agent.tid, [(vm.address_of(word), 4)], [(address, 4)])
-
-
-def _reserve_mappings(agent: Agent) -> None:
-    """Have the control block be several mappings, where there is room for them.
-
-    They go when the agent ends, so that our successor finds room in a process that is at vm.max_map_count.
-    """
-    table = Table()
-    for offset in UNUSED_OFFSETS:
-        table.add(arch.current().NR.MPROTECT, agent.block + offset, PAGE_SIZE, 0)
-    with contextlib.suppress(TargetGone, AgentStuck):  # whoever uses the agent next finds that out
-        agent.perform(table)
-
-
-def _drop_capabilities(agent: Agent, nr: Any) -> None:
-    table = Table()
-    header = agent.aux_address(table, struct.pack("<II", _CAPABILITY_VERSION_3, 0))
-    data = agent.aux_address(table, bytes(24))
-    table.add(nr.CAPSET, header, data)
-    (result,) = agent.perform(table)
-    if result < 0:
-        raise Unsupported(f"the agent in process {agent.pid} could not drop its capabilities; skipped")
-
-
-def _message(agent: Agent, table: Table, control: bytes) -> tuple[int, int]:
-    """A struct msghdr with one data byte and `control` in the block; (its address, control's address)."""
-    data = agent.aux_address(table, b"x" + bytes(7))
-    vector = agent.aux_address(table, struct.pack("<QQ", data, 1))
-    at = agent.aux_address(table, control)
-    header = struct.pack("<QIIQQQQII", 0, 0, 0, vector, 1, at, len(control), 0, 0)
-    return agent.aux_address(table, header), at
-
-
-def _send_descriptors(agent: Agent, nr: Any, fds: list[int]) -> list[int]:
-    """Send descriptors to the agent; their numbers in its table."""
-    table = Table()
-    message, control = _message(agent, table, bytes(64))
-    table.add(nr.RECVMSG, _agent_socket(agent), message, 0)
-    agent.start(table)
-    socket.send_fds(agent.sock, [b"x"], fds)
-    (result,) = agent.finish(table)
-    length = 16 + 4 * len(fds)
-    received = bytearray(length)
-    vm.read_into(agent.tid, control, received)
-    if result != 1 or int.from_bytes(received[:8], "little") != length:
-        raise Unsupported(f"process {agent.pid} could not receive descriptors (limit?); skipped")
-    return list(struct.unpack_from(f"<{len(fds)}i", received, 16))
-
-
-def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[int]:
-    """Duplicates of descriptors of the agent's table."""
-    table = Table()
-    numbers = array.array("i", fds).tobytes()
-    control = struct.pack("<Qii", 16 + len(numbers), socket.SOL_SOCKET, socket.SCM_RIGHTS) + numbers
-    message, _ = _message(agent, table, control + bytes(-len(control) % 8))
-    table.add(nr.SENDMSG, _agent_socket(agent), message, 0)
-    agent.start(table)
-    # Where sending failed, what comes first is the agent's acknowledgement.
-    _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
-    received = list(array.array("i", b"".join(data for _, _, data in rights)))
-    if received:
-        agent.sock.recv(1)
-    agent.finish(table)
-    for fd in received:
-        os.set_inheritable(fd, False)
-    if len(received) != len(fds):
-        for fd in received:
-            os.close(fd)
-        raise Unsupported(f"process {agent.pid} could not hand over its userfaultfds (limit?); skipped")
-    return received
-
-
-def _agent_socket(agent: Agent) -> int:
-    word = bytearray(4)
-    vm.read_into(agent.tid, agent.block, word)
-    return int.from_bytes(word, "little")

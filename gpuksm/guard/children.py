@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal
-from gpuksm.guard.attach import Attachment
+from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target
-from gpuksm.linux import procfs, ptrace, uffd
+from gpuksm.linux import pagemap, procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Orphan:
     faults: list[int] = field(default_factory=list)
     guessed: bool = False  # the pid was searched for
     word: int | None = None  # what the agent of the guard before us waits for
+    filters: int = 0  # seccomp filters under which it may be given an agent although they cannot be read
 
     # attach.ForkedChild
 
@@ -104,7 +105,7 @@ class Orphan:
                 continue
             if event.kind == uffd.EVENT_FORK:
                 # On its own from here on, whatever becomes of us: its events wait for somebody.
-                child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter)
+                child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter, self.filters)
                 self.guard.orphans.append(child)
             else:
                 self.read.append(Read(event, _size_asked_for(event, calls)))
@@ -169,8 +170,9 @@ class Orphan:
     def _resolve_faults(self) -> None:
         """Zeros for threads that wait where they touched what was discarded.
 
-        None of them writes there before it has stopped, as all were asked to: what is zeroed later
-        holds nothing new.  System calls do not wait, they fail (our userfaultfds are for user mode).
+        None of them writes there before it has stopped, as all were asked to.  If the takeover is broken
+        off it does: what has a page of its own from then on is not zeroed any more.  System calls do not
+        wait, they fail (our userfaultfds are for user mode).
         """
         while self.faults and self.uffd_event is not None:
             try:
@@ -202,7 +204,11 @@ class Orphan:
         for index, (event, grown) in enumerate(self.read):
             _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
         for start, end in self.discards:
-            events.zero(self.guard, target, start, end)
+            for low, high in _without_copies(target, start, end):
+                events.zero(self.guard, target, low, high)
+        # Nobody runs; what has not been replaced has the process's own pages, or gets zeros written (by us).
+        for start, end in self.discards:
+            _unbar(target, [(run.start, run.end) for run in target.runs.overlapping(start, end)])
         if target.unwiped:
             events.wipe(self.guard, target)
         # Also what was watched, as we think: the guard before us may have died with a mapping that was not.
@@ -305,6 +311,27 @@ def _watch_all(target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
 
 
+def _unbar(target: Target, ranges: list[tuple[int, int]]) -> None:
+    """Have touches of merged `ranges` wait no more; they stay watched.  Registering alone changes no mode."""
+    for start, end in ranges:
+        uffd.unregister(target.link.uffd_event, start, end - start)
+        uffd.register(target.link.uffd_event, start, end - start)
+
+
+def _without_copies(target: Target, start: int, end: int) -> list[tuple[int, int]]:
+    """Parts of [start, end), discarded or new to the process, where it has no pages of its own (frozen).
+
+    The call is over, and it has dropped every copy.  One that is there now is the zeros that we have given to
+    who touched it, in a try that was broken off perhaps, and what the process has written there since.
+    """
+    private = pagemap.PAGE_IS_PRESENT | pagemap.PAGE_IS_FILE
+    copies = pagemap.scan(
+        target.pagemap, start, end, inverted=pagemap.PAGE_IS_FILE, mask=private, ret=pagemap.PAGE_IS_PRESENT
+    )
+    edges = [start, *(edge for low, high, _ in copies for edge in (low, high)), end]
+    return [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True) if low < high]
+
+
 def _size_asked_for(event: uffd.Event, calls: list[callers.Call]) -> int | None:
     """The new size in the call that `event` tells of; None when it is none of `calls`, or moves no size."""
     if event.kind != uffd.EVENT_REMAP:
@@ -327,23 +354,30 @@ def _late(
 ) -> None:
     """An event that had to be read before there was an agent; the child is still frozen."""
     if event.kind == uffd.EVENT_REMOVE:
-        events.zero(guard, target, event.a, event.b)
+        for low, high in _without_copies(target, event.a, event.b):
+            events.zero(guard, target, low, high)
     elif event.kind == uffd.EVENT_REMAP:
         run = target.runs.at(event.b)
         if run is not None:
             # What lies behind may be one mapping with it, and the target's own all the same.
             end = run.end if grown is None else -(-(event.b + grown) // PAGE_SIZE) * PAGE_SIZE
-            if end > event.b + event.c:
-                events.forget_store(guard, target, event.b + event.c, end)
+            for low, high in _without_copies(target, event.b + event.c, max(end, event.b + event.c)):
+                events.forget_store(guard, target, low, high)
         # MREMAP_DONTUNMAP left the store mapped where the range was; or another move has arrived there.
         start, end = event.a, event.a + event.c
         arrived = [move for move in later if move.kind == uffd.EVENT_REMAP]
         if not any(move.b < end and start < move.b + move.c for move in arrived):
-            events.forget_store(guard, target, start, end)
+            for low, high in _without_copies(target, start, end):
+                events.forget_store(guard, target, low, high)
 
 
 def forked(
-    guard: Guard, parent: int, uffd_event: int, borders: set[int], coredump_filter: int | None
+    guard: Guard,
+    parent: int,
+    uffd_event: int,
+    borders: set[int],
+    coredump_filter: int | None,
+    filters: int,
 ) -> Orphan:
     """A child whose userfaultfd was just read, with what it has of its parent."""
     number = guard.held_as(uffd_event)
@@ -352,4 +386,11 @@ def forked(
         guard.keep(f"event:{number}", uffd_event)
         guard.attic.put(number, uffd_event)
     os.set_inheritable(uffd_event, False)
-    return Orphan(parent, uffd_event, number, borders=set(borders), coredump_filter=coredump_filter)
+    return Orphan(
+        parent,
+        uffd_event,
+        number,
+        borders=set(borders),
+        coredump_filter=coredump_filter,
+        filters=filters,
+    )

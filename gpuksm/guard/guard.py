@@ -43,6 +43,7 @@ from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_str
 from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.leftovers import unmap_leftovers
 from gpuksm.guard.registry import Registry
+from gpuksm.guard.sandbox import MUZZLED
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.tether import Tether
@@ -109,7 +110,9 @@ class Guard:
             if reason is not None:
                 raise reason
             self._check_domain(pid)
-            target = self._attach(pid)
+            target = self._attach(pid, allowed.seccomp)
+        elif target.link.agent.muzzled():
+            raise Unsupported(f"process {pid} {MUZZLED}")
         elif (reason := eligibility.writer_reason(pid, allowed)) is not None:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
         target.allow_direct_io = allowed.direct_io
@@ -134,12 +137,12 @@ class Guard:
                 "merge it with another GPUKSM_RUNTIME_DIR, or as its user"
             )
 
-    def _attach(self, pid: int) -> Target:
+    def _attach(self, pid: int, allow_seccomp: bool) -> Target:
         tethered: set[int] = set()
+        kinds: dict[str, Any] = {"fork_events": self.privileged, "tethered": tethered}
+        kinds["believed"] = None if allow_seccomp else 0
         try:
-            link = _retry(
-                lambda: attach(pid, self.gifts(), self.census, fork_events=self.privileged, tethered=tethered)
-            )
+            link = _retry(lambda: attach(pid, self.gifts(), self.census, **kinds))
         except FreezeFailed as error:
             raise Unsupported(f"{error}; try again later") from None
         except AgentStuck as error:
@@ -165,12 +168,17 @@ class Guard:
         self.journal.append(journal.TARGET, target.id, target.pid, target.start_time, target.link.code)
         if target.coredump_filter is not None:
             self.journal.append(journal.COREDUMP, target.id, target.coredump_filter)
+        if target.link.agent.filters:
+            self.journal.append(journal.FILTERS, target.id, target.link.agent.filters)
         self.keep(f"track:{target.id}", target.link.uffd_track)
         self.keep(f"event:{target.id}", target.link.uffd_event)
         self.keep(f"word:{target.id}", target.link.agent.word)
         with contextlib.suppress(TargetGone):
             target.link.stay(target.id)
-        self.attic.remove(target.id)
+        if target.link.agent.tid:
+            self.attic.remove(target.id)
+        else:
+            self.attic.put(target.id, target.link.uffd_event)
 
     def gifts(self) -> tuple[int, ...]:
         """What each agent holds for our successor: store and ledger, read-only, and the attic."""
@@ -203,6 +211,7 @@ class Guard:
         self.keep(f"track:{target.id}", None)
         self.keep(f"event:{target.id}", None)
         self.keep(f"word:{target.id}", None)
+        self.attic.remove(target.id)
         self.journal.append(journal.GONE, target.id)
         self.census.forget(target.pid)
         if target.runs.pages:
@@ -318,7 +327,8 @@ class Guard:
 
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """events.Host: remember the child; it is adopted as soon as the parent runs again."""
-        orphan = children.forked(self, parent.id, uffd_event, parent.borders, parent.coredump_filter)
+        borders, filters = parent.borders, parent.link.agent.filters
+        orphan = children.forked(self, parent.id, uffd_event, borders, parent.coredump_filter, filters)
         self.orphans.append(orphan)  # whatever fails from here on, it is served
         faults.point("fork-read")
         orphan.pid = children.pid_of_fork(parent, freeze, held)
@@ -358,6 +368,9 @@ class Guard:
             str(pid): "is just being taken over; try again" for pid in late if pids is None or pid in pids
         }
         for target in chosen:
+            if target.runs.pages and target.link.agent.muzzled():
+                failed[str(target.pid)] = MUZZLED
+                continue
             try:
                 count, more = restore.restore_all(
                     target, self.journal, self.frozen, max_pause_us, self.breathe
@@ -454,6 +467,8 @@ def _lives(target: Target) -> bool:
 
 
 def _only_agent_left(target: Target) -> bool:
+    if not target.link.agent.tid:
+        return not target.link.agent.exists()
     try:
         if procfs.stat(target.pid).state != "Z":
             return False

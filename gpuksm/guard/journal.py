@@ -30,7 +30,7 @@ from gpuksm.linux.memory import punch_hole
 
 RECORD = struct.Struct("<IIQQQ")
 TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(1, 10)
-BORN, DISCARD, COREDUMP, COPY, HOME, NEXT = range(10, 16)
+BORN, DISCARD, COREDUMP, COPY, HOME, NEXT, FILTERS = range(10, 17)
 _PRIVATE = {DIGESTS, REGISTER, UNREGISTER, BORN}
 LEDGER_NAME = "gpuksm-ledger"
 _BEGIN = struct.Struct("<I")  # in the first record, behind its kind: the page at which the others begin
@@ -49,6 +49,7 @@ class Record(NamedTuple):
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
     DISCARD: start, end of what a target without agent discards (0, 0: all of that is done).
     COREDUMP: the target's coredump_filter before anything was merged in it.
+    FILTERS: how many seccomp filters its agent had from the start; none where there is no such record.
     COPY: start, size of a copy that is to replace merged memory at c (0, 0: it has, or is gone).
     BORN: the seed of the digests.
     HOME: whose ledger this is (waiting.home), inode of its store, when that was made, in clock

@@ -11,7 +11,7 @@ import os
 
 from gpuksm.guard import arch
 from gpuksm.guard.agent import Table
-from gpuksm.guard.attach import Attachment
+from gpuksm.guard.equipment import Attachment
 from gpuksm.linux import procfs, uffd
 
 _MOST_LEFTOVERS = 256

@@ -75,6 +75,8 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             orphans[record.target].copy = (record.a, record.b, record.c) if record.b else None
         elif record.kind == journal.COREDUMP and record.target in orphans:
             orphans[record.target].coredump_filter = record.a
+        elif record.kind == journal.FILTERS and record.target in orphans:
+            orphans[record.target].filters = record.a
         elif record.kind == journal.GONE:
             orphans.pop(record.target, None)
         elif record.kind == journal.DISCARD:

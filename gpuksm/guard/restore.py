@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
-import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from gpuksm.errors import TargetGone
-from gpuksm.guard import arch, faults
+from gpuksm.guard import arch, faults, places
 from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import BORDER, COPY, UNMAP, Journal
@@ -52,7 +50,6 @@ _PAGE_NS = 4000.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
 _PLACES = 8  # that are tried
-_HIGHEST = 1 << 47  # of x86-64 without asking for more
 
 
 FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.frozen
@@ -114,7 +111,7 @@ def _map_copy(target: Target, journal: Journal, piece: Run) -> int:
     size = piece.end - piece.start
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     for _ in range(_PLACES):
-        place = target.copy_place or _place_for_copies(target.pid)
+        place = target.copy_place or places.far_place(target.pid)
         journal.append(COPY, target.id, place, size, piece.start)
         faults.point("restore-noted")
         try:
@@ -128,19 +125,6 @@ def _map_copy(target: Target, journal: Journal, piece: Run) -> int:
         target.copy_place = place
         return place
     raise RestoreFailed(f"process {target.pid} has no place for a copy of {size} bytes")
-
-
-def _place_for_copies(pid: int) -> int:
-    """A page far from everything in the largest gap of a process's address space.
-
-    By chance: nobody else, who asks for an address there, has the same.
-    """
-    vmas = [vma for vma in procfs.maps(pid) if vma.end <= _HIGHEST]
-    if len(vmas) < 2:
-        raise TargetGone(f"process {pid} has exited")
-    gap, end = max((high.start - low.end, high.start) for low, high in itertools.pairwise(vmas))
-    offset = (gap // 4 + random.SystemRandom().randrange(max(1, gap // 2))) // PAGE_SIZE * PAGE_SIZE
-    return end - gap + offset
 
 
 def _fill_copy(target: Target, piece: Run, fresh: int, prot: int) -> None:

@@ -352,7 +352,9 @@ class Server:
         pages, pauses, failed = self.guard.unmerge(
             None if pids is None else [int(pid) for pid in pids], pause
         )
-        return {"pages": pages, "pauses_us": pauses, "failed": failed}, b""
+        muzzled = {target.pid for target in self.guard.targets.values() if target.link.agent.muzzled()}
+        lasting = [pid for pid in failed if int(pid) in muzzled]
+        return {"pages": pages, "pauses_us": pauses, "failed": failed, "lasting": lasting}, b""
 
     def _status(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         return {**self.guard.status(), "daemon": self.exchange.told()["daemon"]}, b""

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gpuksm.guard.journal import BORDER, COREDUMP, DIGESTS, EXTENT, NEXT, REGISTER, TARGET, Record
+from gpuksm.guard.journal import BORDER, COREDUMP, DIGESTS, EXTENT, FILTERS, NEXT, REGISTER, TARGET, Record
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
@@ -48,6 +48,8 @@ def _ledger(guard: Guard) -> Iterator[Record]:
         yield Record(TARGET, target.id, target.pid, target.start_time, target.link.code)
         if target.coredump_filter is not None:
             yield Record(COREDUMP, target.id, target.coredump_filter, 0, 0)
+        if target.link.agent.filters:
+            yield Record(FILTERS, target.id, target.link.agent.filters, 0, 0)
         for page in target.borders:
             yield Record(BORDER, target.id, page, 0, 0)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
 from gpuksm.guard.agent import Table
-from gpuksm.guard.attach import Attachment
+from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import COREDUMP, Journal
 from gpuksm.guard.runs import Runs
-from gpuksm.linux import census, pagemap, procfs, uffd
+from gpuksm.linux import pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -79,11 +79,11 @@ class Target:
 
     def freeze(self) -> Freeze:
         """A freeze of this target, not begun."""
-        return Freeze(self.pid, self.link.agent.tid, self.tethered)
+        return Freeze(self.pid, self.link.agent.tid or None, self.tethered)
 
     def has_agent(self) -> bool:
         """False once the process has exited or called exec: then all we know of it is void."""
-        return not self.closed and census.thread_exists(self.pid, self.link.agent.tid)
+        return not self.closed and self.link.agent.exists()
 
     def query(self, address: int) -> procfs.VmaQuery | None:
         """The VMA that covers `address`, or None."""

@@ -144,6 +144,7 @@ class Tether:
                     borders=set(target.borders),
                     coredump_filter=target.coredump_filter,
                     tethered={new},
+                    filters=target.link.agent.filters,
                 )
             )
 

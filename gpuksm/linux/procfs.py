@@ -300,6 +300,12 @@ def command_line(pid: int) -> list[str]:
     return _text(_read(pid, "cmdline")).split("\0")[:-1]
 
 
+def in_first_user_namespace() -> bool:
+    """Whether all user ids of the machine are ours to see, as in no other user namespace."""
+    with open("/proc/self/uid_map") as file:
+        return file.read().split() == ["0", "0", "4294967295"]
+
+
 def user_namespace(pid: int) -> str:
     """A name for the user namespace of process `pid`, equal for processes in the same one."""
     with errors_of(pid):

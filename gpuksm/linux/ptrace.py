@@ -18,6 +18,7 @@ from gpuksm.linux._libc import function
 PTRACE_CONT, PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_DETACH, PTRACE_SYSCALL = 7, 12, 13, 17, 24
 PTRACE_SETOPTIONS, PTRACE_GETEVENTMSG = 0x4200, 0x4201
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_LISTEN = 0x4206, 0x4207, 0x4208
+PTRACE_SECCOMP_GET_FILTER = 0x420C
 PTRACE_GETSIGMASK, PTRACE_SETSIGMASK, PTRACE_GET_RSEQ_CONFIGURATION = 0x420A, 0x420B, 0x420F
 O_TRACESYSGOOD, O_TRACEFORK, O_TRACEVFORK, O_TRACECLONE, O_TRACEEXEC = 1, 2, 4, 8, 16
 EVENT_FORK, EVENT_VFORK, EVENT_CLONE, EVENT_EXEC, EVENT_STOP = 1, 2, 3, 4, 128
@@ -142,6 +143,17 @@ def rseq_area(tid: int) -> int:
     size = ctypes.sizeof(configuration)
     _ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(configuration))
     return int(configuration.abi_pointer)
+
+
+def seccomp_filter(tid: int, index: int) -> bytes:
+    """The seccomp filter of a stopped thread that `index` others are older than: struct sock_filter each.
+
+    OSError: ENOENT (there are not so many), EINVAL (it has none), EACCES, EPERM.
+    """
+    count = _ptrace(PTRACE_SECCOMP_GET_FILTER, tid, index, None)
+    program = ctypes.create_string_buffer(8 * count)
+    _ptrace(PTRACE_SECCOMP_GET_FILTER, tid, index, ctypes.addressof(program))
+    return program.raw
 
 
 def peek_stop(tid: int) -> Stop | None:

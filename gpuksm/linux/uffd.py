@@ -27,6 +27,8 @@ FEATURE_WP_ASYNC = 1 << 15
 
 MODE_WP, MODE_MINOR = 2, 4
 
+DEVICE = "/dev/userfaultfd"  # Linux 6.1
+NEW = 0xAA00  # USERFAULTFD_IOC_NEW: makes one for whoever calls ioctl, whoever has opened the device
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_UNREGISTER = 0x8010AA01
@@ -38,6 +40,7 @@ _MESSAGE = struct.Struct("<B7xQQQ")
 FORKED = slice(8, 12)  # of a fork event's message: the child's userfaultfd, an int of C
 _API = struct.Struct("<QQQ")
 _REGISTER = struct.Struct("<QQQQ")
+REGISTER_BYTES = _REGISTER.size
 _RANGE = struct.Struct("<QQ")
 _ZEROPAGE = struct.Struct("<QQQq")
 _PROTECT = struct.Struct("<QQQ")
@@ -60,6 +63,14 @@ class Event(NamedTuple):
 def api(fd: int, features: int) -> None:
     """Handshake; OSError EINVAL when a feature is missing, EPERM for FORK without CAP_SYS_PTRACE."""
     fcntl.ioctl(fd, UFFDIO_API, bytearray(_API.pack(0xAA, features, 0)))
+
+
+def open_device() -> int | None:
+    """The device that makes userfaultfds, where this user may open it."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def register(fd: int, start: int, length: int, mode: int = MODE_WP) -> None:

@@ -56,8 +56,10 @@ def test_never_touches_the_stack() -> None:
 )
 def test_restarts_as_the_kernel_would(orig_rax: int, rax: int, want_rax: int, moved: bool) -> None:
     registers = Registers(orig_rax=orig_rax % 2**64, rax=rax % 2**64, rip=0x1000, eflags=0x8D5)
-    code = x86_64.bootstrap_code(registers, 0x1234)
-    words = struct.unpack_from("<19Q", code, x86_64.BOOTSTRAP_DATA)
+    code = x86_64.bootstrap_code(registers, 0x1234, 0x5678000)
+    words = struct.unpack_from("<20Q", code, x86_64.BOOTSTRAP_DATA)
+    assert words[19] == 0x5678000
+    assert len(code) == len(x86_64.BOOTSTRAP)
     assert words[0] == 2**64 - 1
     assert words[1] == 0x1234
     assert words[2] == 1 | 0xD5 << 8  # overflow was set

@@ -34,3 +34,15 @@ def test_mappings_are_replaced_while_merging(each_world: World) -> None:
     for victim in victims:
         assert int(victim.ask("run churn_stop")["rounds"]) > 0
         victim.verify()
+
+
+def test_nothing_of_ours_lies_where_the_program_may_map_again(each_world: World) -> None:
+    """The kernel would put the agent into a hole that the program has left, and may fill by MAP_FIXED."""
+    first, _ = merged_pair(each_world, "protect", without=["hidden", "churned"])
+    (code,) = processes.anonymous_code(first.pid)
+    mappings = processes.mappings(first.pid)
+    below = max((each.end for each in mappings if each.end <= code.start), default=0)
+    block = max(each.end for each in mappings if code.end <= each.start < code.end + (1 << 20))
+    above = min(each.start for each in mappings if each.start >= block)
+    assert code.start - below > 1 << 30
+    assert above - block > 1 << 30

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import time
 
 import pytest
 
-from gpuksm.linux import pidfd, procfs
+from gpuksm.linux import pidfd, procfs, uffd
 from tests import requirements_env
 from tests.stress.test_kill import KILLS
 from tests.support import processes
@@ -107,7 +109,7 @@ def content(key):
 expected = {at + page * 4096: 1 + page for page in range(PAGES)}
 for place, key in expected.items():
     ctypes.memmove(place, content(key), 4096)
-print("READY area=%#x:%d" % (at, PAGES), flush=True)
+print("READY area=%#x:%d room=%#x" % (at, PAGES, room), flush=True)
 for line in sys.stdin:
     word = line.strip()
     if word == "quit":
@@ -125,6 +127,9 @@ for line in sys.stdin:
         expected |= {new + page * 4096: 0 for page in range(pages)} | {new: 9}
         if word == "kept":
             expected[old] = 0
+    if word == "discard":
+        assert libc.madvise(old, 3 * 4096, 4) == 0
+        expected |= {old + page * 4096: 0 for page in range(3)}
     wrong = [hex(place) for place, key in expected.items() if ctypes.string_at(place, 4096) != content(key)]
     if word == "write":
         for place in expected:
@@ -162,6 +167,59 @@ def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
     victims = [world.python(_MOVER) for _ in range(2)]
     scan_until_merged(world, victims, ["area"])
     _break_takeover_off(world, victims[0], action, fault)
+    victims[1].verify()
+
+
+def _give_zeros(world: World, pages: list[int]) -> None:
+    """Answer who waits for zeros at `pages`, as a try of the guard does that is broken off then."""
+    guard = world.guard_pid()
+    handle = os.pidfd_open(guard)
+    for number, link in processes.descriptors(guard).items():
+        if "[userfaultfd]" not in link:
+            continue
+        with contextlib.suppress(OSError):
+            fd = pidfd.steal(handle, int(number))
+            for page in pages:
+                with contextlib.suppress(OSError):
+                    uffd.zeropage(fd, page, 4096)
+            os.close(fd)
+    os.close(handle)
+
+
+@pytest.mark.parametrize("action", ["fixed", "discard"])
+def test_what_is_written_between_two_tries_of_a_takeover_stays(world: World, action: str) -> None:
+    """A try answers who waits and is broken off, the program writes there, the next one succeeds."""
+    requirements_env.need("thread_pidfd")
+    victims = [world.python(_MOVER) for _ in range(2)]
+    scan_until_merged(world, victims, ["area"])
+    first = (
+        int(victims[0].values["room"], 16) + 4096 if action == "fixed" else victims[0].area("area")[0] + 32768
+    )
+    world.kill_guard_and_keeper()
+    victims[0].send(action)
+    deadline = time.monotonic() + 10
+    while processes.waits_in(victims[0].pid) != "userfaultfd_event_wait_completion":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    world.extra_env["GPUKSM_FAULT"] = "attach-frozen:*:eagain"
+    world.gpuksm("status", "--json")
+    tries = world.guard_pid()
+    while not select.select([victims[0].output], [], [], 0.01)[0]:
+        assert time.monotonic() < deadline + 20
+        _give_zeros(world, [first + page * 4096 for page in range(5)])
+    victims[0].answer()
+    for word in ("verify", "write", "verify"):
+        victims[0].ask(word)
+    assert "fault injected" in (world.folder / "guard.log").read_text()
+    os.kill(tries, signal.SIGKILL)
+    del world.extra_env["GPUKSM_FAULT"]
+    assert world.guard_pid() != tries
+    deadline = time.monotonic() + 10
+    while len(world.request("status")["targets"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for word in ("verify", "write", "verify"):
+        victims[0].ask(word)
     victims[1].verify()
 
 

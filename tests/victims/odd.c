@@ -8,7 +8,7 @@
  *   sibling     a process that shares this memory (CLONE_VM without CLONE_THREAD) keeps writing to it
  *   churn       threads are created and exit all the time
  *   exits MS, execs MS     ends, or becomes /bin/cat, after MS milliseconds
- *   seccomp     has a filter that kills on userfaultfd
+ *   seccomp     has a filter that kills on socketpair
  *   locked      its memory is mlocked
  *   direct PATH has PATH open with O_DIRECT
  *   uffd        has a userfaultfd of its own on its memory
@@ -95,11 +95,11 @@ static void start_thread(void *(*body)(void *))
 	must(!pthread_create(&thread, NULL, body, NULL));
 }
 
-static void filter_userfaultfd(void)
+static void filter_socketpair(void)
 {
 	struct sock_filter code[] = {
 		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
-		BPF_JUMP(BPF_JMP | BPF_JEQ, SYS_userfaultfd, 0, 1),
+		BPF_JUMP(BPF_JMP | BPF_JEQ, SYS_socketpair, 0, 1),
 		BPF_STMT(BPF_RET, SECCOMP_RET_KILL_PROCESS),
 		BPF_STMT(BPF_RET, SECCOMP_RET_ALLOW),
 	};
@@ -172,7 +172,7 @@ static void become(const char *kind)
 	else if (!strcmp(kind, "churn"))
 		start_thread(churn);
 	else if (!strcmp(kind, "seccomp"))
-		filter_userfaultfd();
+		filter_socketpair();
 	else if (!strcmp(kind, "locked"))
 		must(!mlock(memory.at, PAGES * PAGE));
 	else if (!strcmp(kind, "direct"))

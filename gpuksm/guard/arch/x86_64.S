@@ -22,8 +22,8 @@ bootstrap:
     xor %edx, %edx
     mov $8, %r10d
     syscall
-    mov $9, %eax                     # code page: mmap(NULL, 4096, R|X, PRIVATE|ANONYMOUS, -1, 0)
-    xor %edi, %edi
+    mov $9, %eax                     # code page: mmap(place, 4096, R|X, PRIVATE|ANONYMOUS, -1, 0)
+    mov place(%rip), %rdi            # far from all that the program has; elsewhere if that is taken
     mov $CODE_BYTES, %esi
     mov $5, %edx
     mov $0x22, %r10d
@@ -33,8 +33,8 @@ bootstrap:
     mov %rax, %r13
     cmp $-4096, %rax
     ja restore
-    mov $9, %eax                     # control block: mmap(NULL, BLOCK_BYTES, R|W, ...)
-    xor %edi, %edi
+    mov $9, %eax                     # control block: mmap(behind the code, BLOCK_BYTES, R|W, ...)
+    lea CODE_BYTES(%r13), %rdi
     mov $BLOCK_BYTES, %esi
     mov $3, %edx
     syscall                          # r10, r8, r9 are kept by the kernel
@@ -138,6 +138,7 @@ saved_r13: .quad 0
 saved_r14: .quad 0
 saved_r15: .quad 0
 saved_rip: .quad 0
+place: .quad 0
 bootstrap_end:
 
 # ---------------------------------------------------------------- agent

@@ -26,7 +26,7 @@ class NR:
     """System call numbers, arch/x86/entry/syscalls/syscall_64.tbl."""
 
     READ, CLOSE, MMAP, MPROTECT, MUNMAP, BRK, RT_SIGPROCMASK, IOCTL, MREMAP = 0, 3, 9, 10, 11, 12, 14, 16, 25
-    MLOCK = 149
+    WRITE, RECVFROM, EXIT, MLOCK, CLOSE_RANGE = 1, 45, 60, 149, 436
     MADVISE, SENDMSG, RECVMSG, SOCKETPAIR, CLONE = 28, 46, 47, 53, 56
     PRCTL, CAPSET, PROCESS_VM_READV, USERFAULTFD, PROCESS_MADVISE = 157, 126, 310, 323, 440
     RESTART_SYSCALL = 219
@@ -87,10 +87,13 @@ def _restarted(registers: Registers) -> Registers:
     return result
 
 
-def bootstrap_code(registers: Registers, signal_mask: int) -> bytes:
-    """The bootstrap with everything it restores filled in: `registers` of the thread, its mask."""
+def bootstrap_code(registers: Registers, signal_mask: int, place: int) -> bytes:
+    """The bootstrap with everything it restores filled in: `registers` of the thread, its mask.
+
+    `place` is where it is to map the agent's code page, with the control block behind that.
+    """
     back = _restarted(registers)
     overflow = back.eflags >> 11 & 1
     data = struct.pack("<QQQ", (1 << 64) - 1, signal_mask, overflow | (back.eflags & 0xFF) << 8)
     data += struct.pack("<16Q", *(getattr(back, name) for name in _SAVED))
-    return BOOTSTRAP[:BOOTSTRAP_DATA] + data
+    return BOOTSTRAP[:BOOTSTRAP_DATA] + data + struct.pack("<Q", place)

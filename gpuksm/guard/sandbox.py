@@ -1,0 +1,120 @@
+"""seccomp filters: what they would say to our system calls in a target, asked before any is made (hazard 17).
+
+What must hold: no system call is made in a target that a filter of it answers with a signal or death, or
+refuses where we count on it.  The agent's filters are those of the thread that started it, and those that
+another thread lays on all of them later (SECCOMP_FILTER_FLAG_TSYNC), so their number is looked at again
+before each use (agent.py).
+
+Nothing here changes anything in a target.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gpuksm.guard import arch
+from gpuksm.linux import procfs, ptrace, seccomp, uffd
+
+MUZZLED = (  # said of a process
+    "has got a seccomp filter since it was merged that does not let gpuksm work in it; what is merged stays "
+    "merged, and right, until it ends"
+)
+_STOP_NS = 50_000_000
+_STRICT = "1"  # of Seccomp in /proc/PID/status
+
+
+class Forbidden(Exception):
+    """The filters of a process do not let gpuksm work in it; the message says what to do."""
+
+
+def check_attach(pid: int, tid: int, *, device: bool, believed: int | None) -> bool:
+    """Whether the frozen thread `tid` has filters; Forbidden when they do not let an agent start, or work.
+
+    `device`: userfaultfds can be made without the call of that name; `believed`: see `attach`.
+    """
+    status = procfs.thread_status(pid, tid)
+    mode = status.get("Seccomp", "0")
+    if mode == "0":
+        return False
+    if mode == _STRICT:
+        raise Forbidden(f"process {pid} is in seccomp's strict mode; leave it out")
+    try:
+        programs = seccomp.filters(tid)
+    except OSError:
+        if believed is None or status.get("Seccomp_filters") == str(believed):
+            return True
+        raise Forbidden(
+            f"process {pid} has seccomp filters that only root can read, and that could kill it when gpuksm "
+            "attaches; if you know that they let mmap and clone pass: --allow-seccomp"
+        ) from None
+    call = _first_refused(programs, _calls_to_attach(arch.current().NR, device) + calls_of_agent())
+    if call is not None:
+        raise Forbidden(f"process {pid} has a seccomp filter that does not let {call} pass; leave it out")
+    return True
+
+
+def lets_agent_work(tid: int) -> bool:
+    """Whether the filters that the idle agent `tid` has now let it go on; False where they cannot be read."""
+    try:
+        ptrace.seize(tid)
+        ptrace.interrupt(tid)
+        deadline = time.monotonic_ns() + _STOP_NS
+        while (stop := ptrace.peek_stop(tid)) is None:
+            if time.monotonic_ns() > deadline:
+                return False
+        if stop.kind == "gone":
+            return False
+        try:
+            return _first_refused(seccomp.filters(tid), calls_of_agent()) is None
+        finally:
+            ptrace.detach(tid)
+    except OSError:
+        return False
+
+
+def _first_refused(programs: tuple[bytes, ...], calls: list[tuple[str, int, tuple[int, ...]]]) -> str | None:
+    for name, number, arguments in calls:
+        if not seccomp.allows(programs, number, arguments):
+            return name
+    return None
+
+
+def _calls_to_attach(nr: Any, device: bool) -> list[tuple[str, int, tuple[int, ...]]]:
+    """System calls of the bootstrap and of an agent that is being equipped, by name."""
+    making = (0, uffd.NEW, uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
+    flags = uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY
+    return [
+        ("rt_sigprocmask", nr.RT_SIGPROCMASK, (2, 0, 0, 8)),
+        ("mmap of code", nr.MMAP, (0, 4096, 5, 0x22, -1)),
+        ("mmap", nr.MMAP, (0, 4096, 3, 0x22, -1)),
+        ("madvise", nr.MADVISE, (0, 4096, 10)),
+        ("socketpair", nr.SOCKETPAIR, (1, 0x80001)),
+        ("clone", nr.CLONE, (0x850B00,)),
+        ("close", nr.CLOSE, ()),
+        ("close_range", nr.CLOSE_RANGE, ()),
+        ("prctl", nr.PRCTL, (15,)),
+        ("capset", nr.CAPSET, ()),
+        ("recvmsg", nr.RECVMSG, ()),
+        ("sendmsg", nr.SENDMSG, ()),
+        ("userfaultfd", nr.IOCTL, making) if device else ("userfaultfd", nr.USERFAULTFD, (flags,)),
+    ]
+
+
+def calls_of_agent() -> list[tuple[str, int, tuple[int, ...]]]:
+    """System calls of an agent at work, and at its end."""
+    nr = arch.current().NR
+    mappings = [(0, 4096, prot, flags) for prot in (0, 1, 3) for flags in (0x12, 0x32, 0x104022)]
+    return [
+        ("read", nr.READ, ()),
+        ("write", nr.WRITE, ()),
+        ("recvfrom", nr.RECVFROM, (0, 0, 1, 0x42)),
+        *(("mmap", nr.MMAP, each) for each in mappings),
+        ("mremap", nr.MREMAP, (0, 4096, 4096, 3)),
+        ("mprotect", nr.MPROTECT, (0, 4096, 1)),
+        ("munmap", nr.MUNMAP, ()),
+        ("mlock", nr.MLOCK, ()),
+        ("madvise", nr.MADVISE, (0, 4096, 4)),
+        *(("ioctl", nr.IOCTL, (0, request)) for request in (uffd.UFFDIO_REGISTER, uffd.UFFDIO_UNREGISTER)),
+        ("exit", nr.EXIT, ()),
+    ]

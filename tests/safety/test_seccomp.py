@@ -1,0 +1,98 @@
+"""Processes with seccomp filters: never killed by one for what gpuksm does (hazard 17)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from gpuksm import errors
+from tests import requirements_env
+from tests.support.merging import merged_pair, perform, scan_until_merged
+from tests.support.victims import Victim
+from tests.support.world import World
+
+
+def test_filters_of_containers_are_read_and_let_it_pass(world: World) -> None:
+    """userfaultfd is refused there: the agent makes its own by the device that the guard has opened."""
+    requirements_env.need("root", "userfaultfd_device")
+    victims = merged_pair(world, "sandbox", "container")
+    for victim, other in (victims, victims[::-1]):
+        perform(victim, "discard child grandchild discard", [other])
+    world.unmerge()
+    for victim in victims:
+        victim.verify()
+
+
+def test_what_a_filter_kills_for_is_not_tried(world: World) -> None:
+    deadly, *plain = [world.victim("sandbox", kind) for kind in ("deadly", "plain", "plain")]
+    for options in ([], ["--allow-seccomp"]):  # what the filter says counts for more than what is believed
+        alone = world.gpuksm("scan", "--pid", deadly.pid, *options)
+        assert alone.code == errors.Unsupported.exit_code, alone
+        assert alone.err.count("\n") == 1
+        assert "socketpair" in alone.err
+    world.scan(deadly, *plain)
+    assert deadly.merged_pages("memory") == 0
+    assert plain[0].merged_pages("memory") >= 255
+    for victim in (deadly, *plain):
+        victim.verify()
+
+
+def test_filters_that_cannot_be_read_are_asked_about(user_world: World) -> None:
+    victims = [user_world.victim("sandbox", "deadly") for _ in range(2)]
+    refused = user_world.gpuksm("scan", "--pid", victims[0].pid)
+    assert refused.code == errors.Unsupported.exit_code, refused
+    assert "--allow-seccomp" in refused.err
+    victims[0].verify()
+    harmless = [user_world.victim("sandbox", "harmless") for _ in range(2)]
+    scan_until_merged(user_world, harmless, ["memory", "left"], ["--allow-seccomp"])
+    perform(harmless[0], "discard child grandchild reads", [harmless[1]])
+
+
+def _refused_from_now_on(world: World, locked: Victim, other: Victim) -> None:
+    """A scan leaves it alone, an unmerge gives the others all back, and says why not that one."""
+    merged = locked.merged_pages("left")
+    assert merged >= 255
+    again = world.gpuksm("scan", "--pid", locked.pid, "--pid", other.pid)
+    assert "seccomp" in again.out + again.err
+    result = world.gpuksm("unmerge", "--all")
+    assert result.code == errors.GuardError.exit_code, result
+    assert "seccomp" in result.err
+    assert result.err.count("\n") == 1
+    assert locked.merged_pages("left") == merged
+    assert other.merged_pages("left") == 0
+    for victim in (locked, other):
+        perform(victim, "discard")
+    locked.stop()
+
+
+@pytest.mark.parametrize("dies", ["nobody", "guard", "both"])
+def test_a_filter_comes_after_the_agent(world: World, dies: str) -> None:
+    """It would kill the process for what the agent does; discarding, writing and forking go on as before."""
+    requirements_env.need("root")
+    locked, other = merged_pair(world, "sandbox", "plain")
+    locked.ask("run lock")
+    perform(locked, "discard discard child grandchild", [other])
+    if dies == "guard":
+        os.kill(world.guard_pid(), 9)
+    elif dies == "both":
+        requirements_env.need("thread_pidfd")
+        world.kill_guard_and_keeper()
+        world.gpuksm("status")
+    world.guard_pid()
+    perform(locked, "discard discard child", [other])
+    perform(other, "discard child", [locked])
+    _refused_from_now_on(world, locked, other)
+
+
+@pytest.mark.parametrize("dies", ["nobody", "guard"])
+def test_a_filter_that_cannot_be_read_comes_after_the_agent(user_world: World, dies: str) -> None:
+    locked, other = merged_pair(user_world, "sandbox", "plain")
+    locked.ask("run lock")
+    perform(locked, "discard discard", [other])
+    if dies == "guard":
+        os.kill(user_world.guard_pid(), 9)
+        user_world.guard_pid()
+    perform(locked, "discard discard reads", [other])
+    perform(other, "discard child", [locked])
+    _refused_from_now_on(user_world, locked, other)
