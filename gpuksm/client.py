@@ -20,13 +20,14 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from gpuksm import errors, wire
 
+_TRIES, _RETRY_SECONDS = 4, 0.1  # to start a process
 START_SECONDS = 15.0
 # Unmerging a full node is one request; anything longer than this is a hang.
 REPLY_SECONDS = 600.0
@@ -251,7 +252,7 @@ def _start(folder: Path) -> socket.socket:
         if sock is not None:
             return sock
         log = folder / "guard.log"
-        keeper = _spawn_keeper(folder, log)
+        keeper = _persistently(lambda: _spawn_keeper(folder, log))
         try:
             while time.monotonic() < deadline:
                 sock = _connect(folder)
@@ -263,6 +264,23 @@ def _start(folder: Path) -> socket.socket:
             if keeper is not None:
                 os.close(keeper)
         raise errors.GuardError(f"the guard did not listen in {START_SECONDS:.0f} s; see {log}")
+
+
+def _persistently(start: Callable[[], int | None]) -> int | None:
+    """What `start` returns, tried again where the kernel would not start a process just then.
+
+    On a busy machine that is EAGAIN or ENOMEM; on one virtual machine execve also gave EFAULT now and then.
+    """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(OSError):
+            return start()
+        time.sleep(_RETRY_SECONDS)
+    try:
+        return start()
+    except OSError as error:
+        raise errors.GuardError(
+            f"cannot start a process for the guard ({error.strerror}); try again"
+        ) from None
 
 
 def _spawn_keeper(folder: Path, log: Path) -> int | None:

@@ -238,3 +238,20 @@ def test_a_guard_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(client, "_BOOTSTRAP", client._BOOTSTRAP.replace("gpuksm.guard.keeper", "gpuksm.gone"))
     with pytest.raises(errors.GuardError, match=r"did not start: .*No module named gpuksm\.gone"):
         GuardClient.connect(start=True)
+
+
+def test_a_process_that_cannot_be_started_now_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_RETRY_SECONDS", 0.0)
+    tries: list[int] = []
+
+    def start() -> int:
+        tries.append(1)
+        if len(tries) < 4:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return 7
+
+    assert client._persistently(start) == 7
+    tries.clear()
+    monkeypatch.setattr(client, "_TRIES", 2)
+    with pytest.raises(errors.GuardError, match="Resource temporarily unavailable"):
+        client._persistently(start)

@@ -88,6 +88,16 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
     return os.pidfd_open(guard.pid), ours
 
 
+def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience) -> tuple[int, socket.socket]:
+    """The same, also where the kernel starts no process now (EAGAIN, ENOMEM): we must not end for it."""
+    while True:
+        try:
+            return _start_guard(folder, kept)
+        except OSError as error:
+            os.write(2, f"gpuksm keeper: cannot start a guard: {error}\n".encode())
+            time.sleep(patience.died())
+
+
 def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
     """Take and let go descriptors as the guard says, until it is gone; whether it said that it ends."""
     while True:
@@ -165,7 +175,7 @@ def main() -> None:
         guard, link = kept.pop("guard"), socket.socket(fileno=kept.pop("link"))
     else:
         kept["listener"] = _listen(folder).detach()
-        guard, link = _start_guard(folder, kept)
+        guard, link = _start_guard_at_last(folder, kept, Patience())
     patience = Patience()
     while True:
         signal.signal(signal.SIGTERM, lambda *_, guard=guard: _terminate(guard))
@@ -176,7 +186,7 @@ def main() -> None:
             break
         os.environ.pop("GPUKSM_FAULT", None)  # a fault is injected once, not into the successor
         time.sleep(patience.died())
-        guard, link = _start_guard(folder, kept)
+        guard, link = _start_guard_at_last(folder, kept, patience)
         patience.started()
     (folder / "guard.sock").unlink(missing_ok=True)
 
