@@ -78,6 +78,7 @@ def adopt_orphans(guard: Guard) -> None:
         except (TargetGone, sandbox.Forbidden):
             _let_go(guard, orphan)
         except (FreezeFailed, AgentStuck, Unsupported, NotPermitted, OSError):
+            _undo(guard, orphan)
             if not maps_store(guard, orphan.pid):
                 _let_go(guard, orphan)  # it called exec, or unmapped everything
                 continue
@@ -86,6 +87,18 @@ def adopt_orphans(guard: Guard) -> None:
             orphan.tries += 1
             orphan.due = time.monotonic() + _RETRY_SECONDS
             guard.orphans.append(orphan)
+
+
+def _undo(guard: Guard, orphan: Orphan) -> None:
+    """An adoption has failed half-way: the orphan has its userfaultfd, and nothing else is left of it."""
+    target = guard.targets.pop(orphan.id, None)
+    if target is None:
+        return
+    orphan.uffd_event = target.link.uffd_event
+    guard.attic.put(orphan.id, target.link.uffd_event)
+    target.close(but_event=True)
+    guard.keep(f"track:{orphan.id}", None)
+    guard.keep(f"word:{orphan.id}", None)
 
 
 def find_strays(guard: Guard, pids: Iterable[int]) -> None:

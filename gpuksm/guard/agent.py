@@ -61,6 +61,8 @@ STAY_OFFSET = 40
 STAY = struct.Struct("<iiiiiiI")
 _SCRATCH = PageBuffer((TABLE_ENTRIES * _ENTRY_BYTES + 4096) // 4096 + 1)
 WAIT_NS = 2_000_000_000
+_STATUS = bytearray(1 << 20)  # for /proc/PID/status, which lists up to 65536 groups
+_FILTERS = b"Seccomp_filters:"
 _LATE_NS = 50_000_000  # an acknowledgement that a cancelled request still owes
 
 
@@ -111,8 +113,9 @@ class Table:
 class Agent:
     """The agent of one target: its thread id, control block and socket."""
 
-    def __init__(self, pid: int, tid: int, block: int, sock: socket.socket, filtered: bool = False) -> None:
-        self.filtered = filtered  # by seccomp, from the start
+    def __init__(self, pid: int, tid: int, block: int, sock: socket.socket, filters: int = 0) -> None:
+        # seccomp filters that it had from the start, and those that let it go on since
+        self.filters = filters
         self.pid = pid
         self.tid = tid
         self.block = block
@@ -128,7 +131,6 @@ class Agent:
         self._ours: dict[int, int] = {}  # our duplicates of its userfaultfds, by their numbers in its table
         self._status: int | None = None  # its /proc status, once it is equipped
         self._muzzled = False
-        self.filters = 0  # seccomp filters that it had from the start, and those that let it go on since
 
     def aux_address(self, table: Table, data: bytes) -> int:
         """Put `data` beside `table` in the control block; its address in the target."""
@@ -157,12 +159,14 @@ class Agent:
         self.start(table)
         return self.finish(table, wait_ns)
 
-    def equipped(self, ours: dict[int, int]) -> None:
-        """It has what it needs, `ours` being our duplicates of its userfaultfds; filters count now."""
-        self._ours = ours
+    def count_filters(self) -> None:
+        """From now on filters that come to those that it has are looked at before each use; TargetGone."""
         with self._errors():
             self._status = os.open(f"/proc/{self.pid}/task/{self.tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-            self.filters = self._filter_count() or 0
+
+    def equipped(self, ours: dict[int, int]) -> None:
+        """It has what it needs, `ours` being our duplicates of its userfaultfds."""
+        self._ours = ours
 
     def muzzled(self) -> bool:
         """Whether it must make no system call any more, for filters that came after it."""
@@ -170,19 +174,22 @@ class Agent:
             return self._muzzled
         count = self._filter_count()
         if count is not None and count != self.filters:
-            self._muzzled = not sandbox.lets_agent_work(self.tid)
-            self.filters = self.filters if self._muzzled else count
+            verdict = sandbox.lets_agent_work(self.pid, self.tid)
+            if verdict is None:
+                return True  # this time
+            self._muzzled = not verdict
+            self.filters = count if verdict else self.filters
         return self._muzzled
 
     def _filter_count(self) -> int | None:
         """How many filters it has (told by Linux 5.9 and newer); None of an agent that is gone."""
         assert self._status is not None
         try:
-            text = os.pread(self._status, 4096, 0)
+            size = os.preadv(self._status, [_STATUS], 0)
         except ProcessLookupError:
             return None
-        _, found, rest = text.partition(b"Seccomp_filters:")
-        return int(rest.split(None, 1)[0]) if found else 0
+        at = _STATUS.find(_FILTERS, 0, size)
+        return int(_STATUS[at + len(_FILTERS) : _STATUS.index(b"\n", at)]) if at >= 0 else 0
 
     def _refuse(self, table: Table) -> list[int]:
         """The results of `table` when its calls must not be made: watching is done by us, all else fails."""

@@ -218,7 +218,7 @@ def _bootstrap(
     registers = ptrace.get_registers(tid)
     if not x86.is_native(registers):
         raise Unsupported(f"process {pid} runs 32-bit code; skipped")
-    filtered = sandbox.check_attach(
+    filters = sandbox.check_attach(
         pid, tid, device=os.access(uffd.DEVICE, os.R_OK | os.W_OK), believed=believed
     )
     signal_mask = ptrace.get_signal_mask(tid)
@@ -253,7 +253,8 @@ def _bootstrap(
             own.close()
             raise Unsupported(f"process {pid} cannot start a thread (process limit?); skipped")
         freeze.spare = _thread_known_inside_as(pid, started)
-        agent = Agent(pid, freeze.spare, block, own, filtered)
+        agent = Agent(pid, freeze.spare, block, own, filters)
+        agent.count_filters()
         faults.point("attach-clone")
         stepper.next_result(nr.CLOSE)
         stepper.next_result(nr.CLOSE)

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpuksm.errors import GpuksmError, TargetGone
-from gpuksm.guard import arch, callers, events, faults, journal
+from gpuksm.guard import arch, callers, events, faults, journal, places
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
@@ -107,6 +107,10 @@ class Orphan:
                 # On its own from here on, whatever becomes of us: its events wait for somebody.
                 child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter, self.filters)
                 self.guard.orphans.append(child)
+                # What waits for zeros in us does so in the child, whose mappings are like ours.
+                for start, end in self.discards:
+                    child.discards.append((start, end))
+                    self.guard.journal.append(journal.DISCARD, child.id, start, end)
             else:
                 self.read.append(Read(event, _size_asked_for(event, calls)))
                 if event.kind == uffd.EVENT_REMAP:
@@ -314,7 +318,10 @@ def _watch_all(target: Target) -> None:
 def _unbar(target: Target, ranges: list[tuple[int, int]]) -> None:
     """Have touches of merged `ranges` wait no more; they stay watched.  Registering alone changes no mode."""
     for start, end in ranges:
-        uffd.unregister(target.link.uffd_event, start, end - start)
+        try:
+            uffd.unregister(target.link.uffd_event, start, end - start)
+        except OSError:
+            continue  # at vm.max_map_count: a part of a mapping, which was never barred
         uffd.register(target.link.uffd_event, start, end - start)
 
 
@@ -324,6 +331,9 @@ def _without_copies(target: Target, start: int, end: int) -> list[tuple[int, int
     The call is over, and it has dropped every copy.  One that is there now is the zeros that we have given to
     who touched it, in a try that was broken off perhaps, and what the process has written there since.
     """
+    start, end = start & ~(PAGE_SIZE - 1), min(-(-end // PAGE_SIZE) * PAGE_SIZE, places.HIGHEST)
+    if start >= end:
+        return []
     private = pagemap.PAGE_IS_PRESENT | pagemap.PAGE_IS_FILE
     copies = pagemap.scan(
         target.pagemap, start, end, inverted=pagemap.PAGE_IS_FILE, mask=private, ret=pagemap.PAGE_IS_PRESENT
@@ -340,7 +350,8 @@ def _size_asked_for(event: uffd.Event, calls: list[callers.Call]) -> int | None:
         old, old_size, new_size = arguments[:3]
         if number == arch.current().NR.MREMAP and old <= event.a < old + max(old_size, 1):
             # Of several mappings that move at once none grows.
-            return new_size if old == event.a and old_size != new_size else event.c
+            grows = old == event.a and old_size != new_size
+            return -(-new_size // PAGE_SIZE) * PAGE_SIZE if grows else event.c
     return None
 
 

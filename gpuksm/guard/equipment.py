@@ -62,7 +62,7 @@ def _equip(
     nr = arch.current().NR
     _drop_capabilities(agent, nr)
     # Whoever has it may make userfaultfds that the kernel's own faults wait for: only where there is need.
-    device = uffd.open_device() if agent.filtered else None
+    device = uffd.open_device() if agent.filters else None
     fds = [agent.tokens, agent.word, *gifts, *(fd for fd in (device, inherited_event) if fd is not None)]
     try:
         tokens, *numbers = _send_descriptors(agent, nr, fds)
@@ -112,10 +112,9 @@ def event_features(fork_events: bool) -> int:
 def _create_uffd(agent: Agent, nr: Any, device: int | None) -> int:
     """A userfaultfd of the agent's process, by the device where there is one: filters know the call only."""
     flags = uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY
-    if device is not None:
-        with contextlib.suppress(OSError):
-            return agent.call(nr.IOCTL, device, uffd.NEW, flags)
     try:
+        if device is not None:
+            return agent.call(nr.IOCTL, device, uffd.NEW, flags)
         return agent.call(nr.USERFAULTFD, flags)
     except OSError as error:
         raise Unsupported(

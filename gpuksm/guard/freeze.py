@@ -163,6 +163,18 @@ def release_stragglers() -> bool:
     return not _stragglers
 
 
+def let_go(tid: int) -> None:
+    """Let go a thread that was seized and asked to stop: now if it has, else as soon as it does."""
+    stop = ptrace.peek_stop(tid)
+    if (
+        stop is None
+        or stop.kind == "gone"
+        or not ptrace.detach(tid, stop.signal if stop.kind == "signal" else 0)
+    ):
+        _stragglers[tid] = set()
+        release_stragglers()
+
+
 def _quietly(call: Callable[[int], None], tid: int) -> None:
     try:
         call(tid)

@@ -336,6 +336,7 @@ class Guard:
             with contextlib.suppress(TargetGone):  # a successor need not search for it
                 started = procfs.stat(orphan.pid).start_time
                 self.journal.append(journal.TARGET, orphan.id, orphan.pid, started)
+                self.journal.append(journal.FILTERS, orphan.id, filters)
 
     # -- requests --------------------------------------------------------------------
 

@@ -85,12 +85,18 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         guard = start("gpuksm.guard", folder, {**kept, "keeper": theirs.fileno()})
-    return os.pidfd_open(guard.pid), ours
+    try:
+        return os.pidfd_open(guard.pid), ours
+    except OSError:
+        guard.kill()
+        guard.wait()
+        raise
 
 
 def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience) -> tuple[int, socket.socket]:
     """The same, also where the kernel starts no process now (EAGAIN, ENOMEM): we must not end for it."""
     while True:
+        patience.started()
         try:
             return _start_guard(folder, kept)
         except OSError as error:
@@ -187,7 +193,6 @@ def main() -> None:
         os.environ.pop("GPUKSM_FAULT", None)  # a fault is injected once, not into the successor
         time.sleep(patience.died())
         guard, link = _start_guard_at_last(folder, kept, patience)
-        patience.started()
     (folder / "guard.sock").unlink(missing_ok=True)
 
 

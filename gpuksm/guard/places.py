@@ -13,7 +13,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.linux import procfs
 from gpuksm.linux._libc import PAGE_SIZE
 
-_HIGHEST = 1 << 47  # of x86-64 without asking for more
+HIGHEST = 1 << 47  # of x86-64 without asking for more
 
 
 def far_place(pid: int) -> int:
@@ -21,7 +21,7 @@ def far_place(pid: int) -> int:
 
     By chance: nobody else, who asks for an address there, has the same.
     """
-    vmas = [vma for vma in procfs.maps(pid) if vma.end <= _HIGHEST]
+    vmas = [vma for vma in procfs.maps(pid) if vma.end <= HIGHEST]
     if len(vmas) < 2:
         raise TargetGone(f"process {pid} has exited")
     gap, end = max((high.start - low.end, high.start) for low, high in itertools.pairwise(vmas))

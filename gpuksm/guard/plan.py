@@ -307,12 +307,17 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
 
 def _forget(host: Host, empty: list[Planned]) -> None:
     """Take back what `_remember` says of slots that could not be filled: no later plan may count on them."""
-    for start in {item.extent for item in empty if item.extent is not None}:
+    items: dict[int, list[Planned]] = {}
+    for item in empty:
+        if item.extent is not None:
+            items.setdefault(item.extent, []).append(item)
+    for number, (start, mine) in enumerate(items.items()):
         column = bytearray(host.store.digests_of(start))
-        for item in empty:
-            if item.extent == start:
-                at = (item.slot - start) * 8
-                column[at : at + item.pages * 8] = bytes(item.pages * 8)
+        for item in mine:
+            at = (item.slot - start) * 8
+            column[at : at + item.pages * 8] = bytes(item.pages * 8)
+        if number % 256 == 255:
+            host.breathe()
         host.store.set_digests(start, 0, bytes(column))
         host.journal.append(journal.DIGESTS, 0, start, len(column) // 8, column=bytes(column))
 

@@ -11,9 +11,11 @@ Nothing here changes anything in a target.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from gpuksm.guard import arch
+from gpuksm.errors import TargetGone
+from gpuksm.guard import arch, freeze
 from gpuksm.linux import procfs, ptrace, seccomp, uffd
 
 MUZZLED = (  # said of a process
@@ -28,49 +30,65 @@ class Forbidden(Exception):
     """The filters of a process do not let gpuksm work in it; the message says what to do."""
 
 
-def check_attach(pid: int, tid: int, *, device: bool, believed: int | None) -> bool:
-    """Whether the frozen thread `tid` has filters; Forbidden when they do not let an agent start, or work.
+def check_attach(pid: int, tid: int, *, device: bool, believed: int | None) -> int:
+    """How many filters the frozen thread `tid` has; Forbidden when they do not let an agent start, or work.
 
     `device`: userfaultfds can be made without the call of that name; `believed`: see `attach`.
     """
     status = procfs.thread_status(pid, tid)
     mode = status.get("Seccomp", "0")
     if mode == "0":
-        return False
+        return 0
     if mode == _STRICT:
         raise Forbidden(f"process {pid} is in seccomp's strict mode; leave it out")
-    try:
-        programs = seccomp.filters(tid)
-    except OSError:
-        if believed is None or status.get("Seccomp_filters") == str(believed):
-            return True
+    count = int(status.get("Seccomp_filters", "1"))
+    programs = _read(tid, status)
+    if programs is None:
+        if believed in (None, count):
+            return count
         raise Forbidden(
             f"process {pid} has seccomp filters that only root can read, and that could kill it when gpuksm "
             "attaches; if you know that they let mmap and clone pass: --allow-seccomp"
-        ) from None
+        )
     call = _first_refused(programs, _calls_to_attach(arch.current().NR, device) + calls_of_agent())
     if call is not None:
         raise Forbidden(f"process {pid} has a seccomp filter that does not let {call} pass; leave it out")
-    return True
+    return count
 
 
-def lets_agent_work(tid: int) -> bool:
-    """Whether the filters that the idle agent `tid` has now let it go on; False where they cannot be read."""
+def lets_agent_work(pid: int, tid: int) -> bool | None:
+    """Whether the filters that the idle agent `tid` has now let it go on; False where they cannot be read.
+
+    None where that cannot be found out now: it does not stop in time, or somebody else traces it.
+    """
     try:
         ptrace.seize(tid)
+    except OSError:
+        return None
+    try:
         ptrace.interrupt(tid)
         deadline = time.monotonic_ns() + _STOP_NS
         while (stop := ptrace.peek_stop(tid)) is None:
             if time.monotonic_ns() > deadline:
-                return False
+                return None
         if stop.kind == "gone":
-            return False
-        try:
-            return _first_refused(seccomp.filters(tid), calls_of_agent()) is None
-        finally:
-            ptrace.detach(tid)
+            return None
+        programs = _read(tid, procfs.thread_status(pid, tid))
+        return programs is not None and _first_refused(programs, calls_of_agent()) is None
+    except (OSError, TargetGone):
+        return None
+    finally:
+        freeze.let_go(tid)
+
+
+def _read(tid: int, status: Mapping[str, str]) -> tuple[bytes, ...] | None:
+    """The filters of a stopped thread with this /proc status; None where they cannot be read, or not all."""
+    try:
+        programs = seccomp.filters(tid)
     except OSError:
-        return False
+        return None
+    # A kernel without CONFIG_CHECKPOINT_RESTORE says of every thread that it has none.
+    return programs if status.get("Seccomp_filters", str(len(programs))) == str(len(programs)) else None
 
 
 def _first_refused(programs: tuple[bytes, ...], calls: list[tuple[str, int, tuple[int, ...]]]) -> str | None:
@@ -85,6 +103,7 @@ def _calls_to_attach(nr: Any, device: bool) -> list[tuple[str, int, tuple[int, .
     making = (0, uffd.NEW, uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
     flags = uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY
     return [
+        ("restart_syscall", nr.RESTART_SYSCALL, ()),  # of its own threads, when they were stopped
         ("rt_sigprocmask", nr.RT_SIGPROCMASK, (2, 0, 0, 8)),
         ("mmap of code", nr.MMAP, (0, 4096, 5, 0x22, -1)),
         ("mmap", nr.MMAP, (0, 4096, 3, 0x22, -1)),

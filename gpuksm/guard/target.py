@@ -268,11 +268,12 @@ class Target:
             set_coredump_filter(self.pid, self.coredump_filter)
         self.coredump_filter = None
 
-    def close(self) -> None:
-        """Close every descriptor: the agent ends, the userfaultfds let the memory go."""
+    def close(self, *, but_event: bool = False) -> None:
+        """Close every descriptor: the agent ends, the userfaultfds (`but_event`: one) let the memory go."""
         self.closed = True
         self.link.agent.close()
-        for fd in (self.link.uffd_track, self.link.uffd_event, self.pagemap, self.memory, self.maps):
+        event = () if but_event else (self.link.uffd_event,)
+        for fd in (self.link.uffd_track, *event, self.pagemap, self.memory, self.maps):
             os.close(fd)
 
 

@@ -58,7 +58,7 @@ def test_memory_given_back_while_it_is_merged(world: World, action: str) -> None
     scanner = threading.Thread(target=scan)
     scanner.start()
     try:
-        end = time.monotonic() + 12
+        end = time.monotonic() + 7
         while time.monotonic() < end:
             for victim in victims:
                 victim.ask(f"run {action}")
