@@ -107,10 +107,6 @@ class Orphan:
                 # On its own from here on, whatever becomes of us: its events wait for somebody.
                 child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter, self.filters)
                 self.guard.orphans.append(child)
-                # What waits for zeros in us does so in the child, whose mappings are like ours.
-                for start, end in self.discards:
-                    child.discards.append((start, end))
-                    self.guard.journal.append(journal.DISCARD, child.id, start, end)
             else:
                 self.read.append(Read(event, _size_asked_for(event, calls)))
                 if event.kind == uffd.EVENT_REMAP:

@@ -168,9 +168,10 @@ def test_a_process_under_gdb_is_refused(world: World) -> None:
         assert result.err.count("\n") == 1
         assert str(odd.pid) in result.err
     finally:
-        for child in psutil.Process(gdb.pid).children(recursive=True):
-            child.kill()  # it does not end before what it waits for has
-        gdb.wait()
+        while gdb.poll() is None:  # it does not end before what it waits for has, once that was started
+            for child in psutil.Process(gdb.pid).children(recursive=True):
+                child.kill()
+            time.sleep(0.05)
     odd.verify()
     world.scan(odd, *plain)
     assert odd.merged_pages("memory") == 256

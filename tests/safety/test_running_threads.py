@@ -31,7 +31,7 @@ def test_writers_with_timers(each_world: World) -> None:
 @pytest.mark.parametrize("how", ["alone", "beside"])
 def test_registers_are_kept(world: World, how: str) -> None:
     victims = [world.victim("cpustate", how) for _ in range(2)]
-    for _ in range(3):
+    for _ in range(2):
         world.scan(*victims)
         world.unmerge()
     world.shut_down()

@@ -50,12 +50,16 @@ def _provoke(victims: list[Victim]) -> None:
     _look(victims)
 
 
+# Points that are passed again and again within one request, where more is under way by then.
+LATER = [point for point in POINTS if point.startswith(("commit", "restore", "filled", "verified"))]
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at(each_world: World, point: str) -> None:
     _kill_at(each_world, point, 1)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", LATER)
 def test_killed_at_a_later_turn(world: World, point: str) -> None:
     _kill_at(world, point, 3)
 

@@ -1,6 +1,6 @@
 """kill -9 of scanner, guard and keeper at random moments: no byte, no thread, no next scan is lost.
 
-`GPUKSM_STRESS_KILLS` is the number of kills per test (5 when unset); a hundred
+`GPUKSM_STRESS_KILLS` is the number of kills per test (3 when unset); a hundred
 each is what a release is checked with.
 """
 
@@ -22,7 +22,7 @@ from tests.support import processes
 from tests.support.victims import Victim
 from tests.support.world import World
 
-KILLS = int(os.environ.get("GPUKSM_STRESS_KILLS", "5"))
+KILLS = int(os.environ.get("GPUKSM_STRESS_KILLS", "3"))
 
 
 def _victims(world: World) -> list[Victim]:
