@@ -59,7 +59,11 @@ _AFTER = (
     _options.max_pause,
 )
 _ALLOWED = (
-    click.option("--allow-seccomp", is_flag=True, help="Also processes with seccomp filters."),
+    click.option(
+        "--allow-seccomp",
+        is_flag=True,
+        help="Also processes whose seccomp filters cannot be read (root reads them).",
+    ),
     click.option(
         "--allow-direct-io",
         is_flag=True,

@@ -129,7 +129,7 @@ class Agent:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._ours: dict[int, int] = {}  # our duplicates of its userfaultfds, by their numbers in its table
-        self._status: int | None = None  # its /proc status, once it is equipped
+        self._status: int | None = None  # its /proc status, from `count_filters` on
         self._muzzled = False
 
     def aux_address(self, table: Table, data: bytes) -> int:

@@ -204,11 +204,12 @@ class Orphan:
         for index, (event, grown) in enumerate(self.read):
             _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
         for start, end in self.discards:
-            for low, high in _without_copies(target, start, end):
+            for low, high in _old_parts(target, start, end):
                 events.zero(self.guard, target, low, high)
         # Nobody runs; what has not been replaced has the process's own pages, or gets zeros written (by us).
         for start, end in self.discards:
-            _unbar(target, [(run.start, run.end) for run in target.runs.overlapping(start, end)])
+            for run in target.runs.overlapping(start, end):
+                target.unbar(run.start, run.end)
         if target.unwiped:
             events.wipe(self.guard, target)
         # Also what was watched, as we think: the guard before us may have died with a mapping that was not.
@@ -311,21 +312,14 @@ def _watch_all(target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
 
 
-def _unbar(target: Target, ranges: list[tuple[int, int]]) -> None:
-    """Have touches of merged `ranges` wait no more; they stay watched.  Registering alone changes no mode."""
-    for start, end in ranges:
-        try:
-            uffd.unregister(target.link.uffd_event, start, end - start)
-        except OSError:
-            continue  # at vm.max_map_count: a part of a mapping, which was never barred
-        uffd.register(target.link.uffd_event, start, end - start)
-
-
-def _without_copies(target: Target, start: int, end: int) -> list[tuple[int, int]]:
-    """Parts of [start, end), discarded or new to the process, where it has no pages of its own (frozen).
+def _old_parts(
+    target: Target, start: int, end: int, later: list[uffd.Event] | None = None
+) -> list[tuple[int, int]]:
+    """Parts of [start, end), discarded or new to the process, where it has nothing of its own (frozen).
 
     The call is over, and it has dropped every copy.  One that is there now is the zeros that we have given to
     who touched it, in a try that was broken off perhaps, and what the process has written there since.
+    Nor is what events read `later` tell that it has moved there.
     """
     start, end = start & ~(PAGE_SIZE - 1), min(-(-end // PAGE_SIZE) * PAGE_SIZE, places.HIGHEST)
     if start >= end:
@@ -334,8 +328,16 @@ def _without_copies(target: Target, start: int, end: int) -> list[tuple[int, int
     copies = pagemap.scan(
         target.pagemap, start, end, inverted=pagemap.PAGE_IS_FILE, mask=private, ret=pagemap.PAGE_IS_PRESENT
     )
-    edges = [start, *(edge for low, high, _ in copies for edge in (low, high)), end]
-    return [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True) if low < high]
+    own = [(low, high) for low, high, _ in copies]
+    own += [(move.b, move.b + move.c) for move in later or () if move.kind == uffd.EVENT_REMAP]
+    parts = []
+    for low, high in sorted(own):
+        if start < min(low, end):
+            parts.append((start, min(low, end)))
+        start = max(start, high)
+    if start < end:
+        parts.append((start, end))
+    return parts
 
 
 def _size_asked_for(event: uffd.Event, calls: list[callers.Call]) -> int | None:
@@ -361,21 +363,18 @@ def _late(
 ) -> None:
     """An event that had to be read before there was an agent; the child is still frozen."""
     if event.kind == uffd.EVENT_REMOVE:
-        for low, high in _without_copies(target, event.a, event.b):
+        for low, high in _old_parts(target, event.a, event.b, later):
             events.zero(guard, target, low, high)
     elif event.kind == uffd.EVENT_REMAP:
         run = target.runs.at(event.b)
         if run is not None:
             # What lies behind may be one mapping with it, and the target's own all the same.
             end = run.end if grown is None else -(-(event.b + grown) // PAGE_SIZE) * PAGE_SIZE
-            for low, high in _without_copies(target, event.b + event.c, max(end, event.b + event.c)):
+            for low, high in _old_parts(target, event.b + event.c, end, later):
                 events.forget_store(guard, target, low, high)
-        # MREMAP_DONTUNMAP left the store mapped where the range was; or another move has arrived there.
-        start, end = event.a, event.a + event.c
-        arrived = [move for move in later if move.kind == uffd.EVENT_REMAP]
-        if not any(move.b < end and start < move.b + move.c for move in arrived):
-            for low, high in _without_copies(target, start, end):
-                events.forget_store(guard, target, low, high)
+        # MREMAP_DONTUNMAP left the store mapped where the range was.
+        for low, high in _old_parts(target, event.a, event.a + event.c, later):
+            events.forget_store(guard, target, low, high)
 
 
 def forked(

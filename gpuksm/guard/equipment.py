@@ -186,11 +186,16 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
     # Where sending failed, what comes first is the agent's acknowledgement.
     _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
     received = list(array.array("i", b"".join(data for _, _, data in rights)))
-    if received:
-        agent.sock.recv(1)
-    agent.finish(table)
     for fd in received:
         os.set_inheritable(fd, False)
+    try:
+        if received:
+            agent.sock.recv(1)
+        agent.finish(table)
+    except BaseException:
+        for fd in received:
+            os.close(fd)
+        raise
     if len(received) != len(fds):
         for fd in received:
             os.close(fd)

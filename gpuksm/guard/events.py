@@ -407,10 +407,8 @@ def _cover_with_zeros(host: Host, target: Target, failed: list[Run]) -> None:
     """Store mappings that could not be replaced after a call that is done: copies with zeros stay."""
     table = Table()
     for piece in failed:
-        with contextlib.suppress(OSError):
-            # It may be barred (children.py), and we could not write there; registering alone changes no mode.
-            uffd.unregister(target.link.uffd_event, piece.start, piece.end - piece.start)
-            uffd.register(target.link.uffd_event, piece.start, piece.end - piece.start)
+        with contextlib.suppress(OSError):  # it is registered once more below
+            target.unbar(piece.start, piece.end)  # or we could not write there
         _write_zeros(target, piece.start, piece.end)
         target.add_register(table, piece.start, piece.end - piece.start)
         target.runs.add(piece)

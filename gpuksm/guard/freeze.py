@@ -165,14 +165,8 @@ def release_stragglers() -> bool:
 
 def let_go(tid: int) -> None:
     """Let go a thread that was seized and asked to stop: now if it has, else as soon as it does."""
-    stop = ptrace.peek_stop(tid)
-    if (
-        stop is None
-        or stop.kind == "gone"
-        or not ptrace.detach(tid, stop.signal if stop.kind == "signal" else 0)
-    ):
-        _stragglers[tid] = set()
-        release_stragglers()
+    _stragglers[tid] = set()
+    release_stragglers()
 
 
 def _quietly(call: Callable[[int], None], tid: int) -> None:

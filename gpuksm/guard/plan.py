@@ -387,8 +387,11 @@ def _commit(
     if target is None:
         outcome.skip("gone", pages)
         return
-    if _may_be_pinned(target) or target.link.agent.muzzled():
-        outcome.skip("seccomp" if target.link.agent.muzzled() else "direct-io", pages)
+    if _may_be_pinned(target):
+        outcome.skip("direct-io", pages)
+        return
+    if target.link.agent.muzzled():
+        outcome.skip("seccomp", pages)
         return
     committer = Committer(
         host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued

@@ -159,6 +159,17 @@ class Target:
             after_success=merged,
         )
 
+    def unbar(self, start: int, end: int) -> None:
+        """Have touches of merged [start, end) wait no more (children.py); it stays watched.
+
+        Done from outside.  Registering alone would change no mode.  OSError: it could not be watched again.
+        """
+        try:
+            uffd.unregister(self.link.uffd_event, start, end - start)
+        except OSError:
+            return  # at vm.max_map_count: a part of a mapping, which was never barred
+        uffd.register(self.link.uffd_event, start, end - start)
+
     def locked(self, start: int) -> bool:
         """True when the VMA that begins at `start` is locked; cheap where nothing is."""
         return bool(procfs.locked_kib(self.pid)) and "lo" in procfs.smaps_flags(self.pid).get(start, ())

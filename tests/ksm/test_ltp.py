@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import pytest
-
 from tests import requirements_env
+from tests.support.groups import memory_group
 from tests.support.merging import perform_all
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -64,35 +61,14 @@ def test_ksm02_on_one_numa_node(world: World) -> None:
     _phases(world, _three(world, [C, A, A], ["numactl", "--membind=0"]))
 
 
-@pytest.fixture
-def memory_group() -> Iterator[Path]:
-    """A memory control group of our own, of whichever version the machine has."""
-    requirements_env.need("root")
-    for base, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
-        group = Path("/sys/fs/cgroup", base, f"gpuksm-test-{os.getpid()}")
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / limit).exists():
-                (group / limit).write_text(str(64 << 20))
-                yield group
-                return
-        finally:
-            with contextlib.suppress(OSError):
-                group.rmdir()
-    requirements_env.require("memcg", "no memory control group can be made here")
-
-
-def test_ksm03_in_a_memory_group(world: World, memory_group: Path) -> None:
+def test_ksm03_in_a_memory_group(world: World) -> None:
     """Three processes whose group is limited merge as they do outside of it."""
-    victims = _three(world, [C, A, A])
-    for victim in victims:
-        (memory_group / "cgroup.procs").write_text(str(victim.pid))
-    _phases(world, victims)
-    for victim in victims:
-        (memory_group.parent / "cgroup.procs").write_text(str(victim.pid))
+    with memory_group("ltp") as group:
+        group.allow(64 << 20)
+        victims = _three(world, [C, A, A])
+        for victim in victims:
+            (group.path / "cgroup.procs").write_text(str(victim.pid))
+        _phases(world, victims)
 
 
 def test_ksm05_a_process_dies_while_it_is_merged(world: World) -> None:

@@ -127,9 +127,12 @@ for line in sys.stdin:
         expected |= {new + page * 4096: 0 for page in range(pages)} | {new: 9}
         if word == "kept":
             expected[old] = 0
-    if word == "discard":
+    if word in ("discard", "replace"):
         assert libc.madvise(old, 3 * 4096, 4) == 0
         expected |= {old + page * 4096: 0 for page in range(3)}
+    if word == "replace":  # what has just been discarded, by a page that is merged
+        assert libc.mremap(at + 20 * 4096, 4096, 4096, 3, old) == old
+        expected[old] = expected.pop(at + 20 * 4096)
     wrong = [hex(place) for place, key in expected.items() if ctypes.string_at(place, 4096) != content(key)]
     if word == "write":
         for place in expected:
@@ -157,7 +160,7 @@ def _break_takeover_off(world: World, victim: Victim, command: str, fault: str) 
         victim.ask(word)
 
 
-@pytest.mark.parametrize("action", ["fixed", "anywhere", "kept"])
+@pytest.mark.parametrize("action", ["fixed", "anywhere", "kept", "replace"])
 @pytest.mark.parametrize("fault", ["eagain", "kill"])
 def test_a_takeover_that_is_broken_off_shows_nothing_of_the_store(
     world: World, action: str, fault: str
