@@ -73,6 +73,8 @@ class Puppet:
             self.overlaps_hot(a[0], max(a[1], a[2])) or (a[3] & FIXED and self.overlaps_hot(a[4], a[2]))
         ):
             return False
+        if name == "r" and memory.linux_may_lose(a[0], a[1], a[3]):
+            return False
         if name in "muwpalkr" and a[0] >= AWAY_AT:
             # Where nothing is, the kernel may have placed mappings that are not ours.
             end = HEAP_AT if a[0] < HEAP_AT else PAGES

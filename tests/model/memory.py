@@ -16,7 +16,7 @@ ARENA, AWAY, HEAP = 64, 32, 16
 PAGES = ARENA + AWAY + HEAP
 AWAY_AT, HEAP_AT = ARENA, ARENA + AWAY
 MAYMOVE, FIXED, DONTUNMAP = 1, 2, 4
-DONTNEED, FREE, DONTNEED_LOCKED = 4, 8, 24
+DONTNEED, FREE, MERGEABLE, DONTNEED_LOCKED = 4, 8, 12, 24
 ENOMEM, EFAULT, EINVAL, EAGAIN = 12, 14, 22, 11
 _MASK = (1 << 64) - 1
 _TOKEN = 9
@@ -27,12 +27,16 @@ class Wrong(AssertionError):
 
 
 class Page(NamedTuple):
-    """A mapped page: `access` is n, r or w; `lock` 0, 1 or 2 (may be locked or not)."""
+    """A mapped page: `access` is n, r or w; `lock` 0, 1 or 2 (may be locked or not).
+
+    `mergeable` says that it was once advised to be.
+    """
 
     access: str
     key: int
     lock: int = 0
     lazy: bool = False
+    mergeable: bool = False
 
 
 Alternatives = tuple[Page | None, ...]
@@ -91,6 +95,11 @@ class Memory:
     def mapped(self, first: int, count: int) -> bool:
         """Whether all of these pages are mapped for certain."""
         return first + count <= PAGES and all(None not in page for page in self.pages[first : first + count])
+
+    def linux_may_lose(self, first: int, count: int, flags: int) -> bool:
+        """Whether Linux itself may lose memory in such a move (tests/model/linux_loses_memory.c)."""
+        behind = self.pages[first + 1 : first + count]
+        return bool(flags & DONTUNMAP) and any(page and page.mergeable for one in behind for page in one)
 
     def _change(self, first: int, count: int, change: Callable[[Page], Page | None]) -> None:
         for at in range(first, first + count):
@@ -162,6 +171,8 @@ class Memory:
         elif advice == FREE:
             # Also when it failed: it stops at merged memory, having discarded some.
             self._change(first, count, lambda page: page._replace(lazy=bool(page.key)))
+        elif advice == MERGEABLE:
+            self._change(first, count, lambda page: page._replace(mergeable=True))
 
     def _purge(self, first: int, count: int, advice: int, error: int) -> None:
         may_have_stopped = False
