@@ -174,7 +174,7 @@ class Agent:
             return self._muzzled
         count = self._filter_count()
         if count is not None and count != self.filters:
-            verdict = sandbox.lets_agent_work(self.pid, self.tid)
+            verdict = sandbox.lets_agent_work(self.pid, self.tid, equipped=bool(self._ours))
             if verdict is None:
                 return True  # this time
             self._muzzled = not verdict

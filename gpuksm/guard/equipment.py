@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from gpuksm.errors import FeatureMissing, TargetGone, Unsupported
 from gpuksm.guard import arch
-from gpuksm.guard.agent import UNUSED_OFFSETS, Agent, AgentStuck, Muzzled, Table
+from gpuksm.guard.agent import UNUSED_OFFSETS, WAIT_NS, Agent, AgentStuck, Muzzled, Table
 from gpuksm.linux import uffd, vm
 from gpuksm.linux._libc import PAGE_SIZE
 
@@ -47,7 +48,7 @@ class Attachment:
 def equip(
     agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None
 ) -> Attachment:
-    """See the head of this module.  Unsupported, FeatureMissing, TargetGone: the agent has been let go."""
+    """See the head of this module.  Unsupported, FeatureMissing, TargetGone, AgentStuck: it is let go."""
     try:
         return _equip(agent, code, gifts, fork_events, inherited_event)
     except BaseException:
@@ -76,7 +77,7 @@ def _equip(
     track = _create_uffd(agent, nr, maker)
     event = rest[0] if rest else _create_uffd(agent, nr, maker)
     if maker is not None:
-        agent.call(nr.CLOSE, maker)
+        _close(agent, nr, maker)
     if inherited_event is None:
         ours = _receive_descriptors(agent, nr, (track, event))
     else:
@@ -122,6 +123,15 @@ def _create_uffd(agent: Agent, nr: Any, device: int | None) -> int:
         ) from None
 
 
+def _close(agent: Agent, nr: Any, number: int) -> None:
+    try:
+        agent.call(nr.CLOSE, number)
+    except OSError as error:
+        raise Unsupported(
+            f"process {agent.pid} could not close a device ({error.strerror}); skipped"
+        ) from None
+
+
 def _write_i32(agent: Agent, address: int, value: int) -> None:
     """Write one 32-bit word into the agent's control block."""
     word = bytearray(struct.pack("<i", value))
@@ -164,7 +174,7 @@ def _send_descriptors(agent: Agent, nr: Any, fds: list[int]) -> list[int]:
     table = Table()
     message, control = _message(agent, table, bytes(64))
     table.add(nr.RECVMSG, _agent_socket(agent), message, 0)
-    agent.start(table)
+    _start(agent, table)
     socket.send_fds(agent.sock, [b"x"], fds)
     (result,) = agent.finish(table)
     length = 16 + 4 * len(fds)
@@ -182,7 +192,9 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
     control = struct.pack("<Qii", 16 + len(numbers), socket.SOL_SOCKET, socket.SCM_RIGHTS) + numbers
     message, _ = _message(agent, table, control + bytes(-len(control) % 8))
     table.add(nr.SENDMSG, _agent_socket(agent), message, 0)
-    agent.start(table)
+    _start(agent, table)
+    if not select.select([agent.sock], [], [], WAIT_NS / 1e9)[0]:
+        raise AgentStuck(f"process {agent.pid} was stopped just now")
     # Where sending failed, what comes first is the agent's acknowledgement.
     _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
     received = list(array.array("i", b"".join(data for _, _, data in rights)))
@@ -201,6 +213,13 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
             os.close(fd)
         raise Unsupported(f"process {agent.pid} could not hand over its userfaultfds (limit?); skipped")
     return received
+
+
+def _start(agent: Agent, table: Table) -> None:
+    """Hand `table` to the agent; Unsupported where a filter has come: `Agent.start` does not look."""
+    if agent.muzzled():
+        raise Unsupported(f"process {agent.pid} has just got a seccomp filter; skipped")
+    agent.start(table)
 
 
 def _agent_socket(agent: Agent) -> int:

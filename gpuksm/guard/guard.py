@@ -143,9 +143,9 @@ class Guard:
         kinds["believed"] = None if allow_seccomp else 0
         try:
             link = _retry(lambda: attach(pid, self.gifts(), self.census, **kinds))
-        except FreezeFailed as error:
-            raise Unsupported(f"{error}; try again later") from None
-        except AgentStuck as error:
+        except ProcessLookupError:
+            raise TargetGone(f"process {pid} has exited") from None
+        except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
         try:
             target = Target.open(self._next_target, pid, link)

@@ -56,11 +56,16 @@ def check_attach(pid: int, tid: int, *, device: bool, believed: int | None) -> i
     return count
 
 
-def lets_agent_work(pid: int, tid: int) -> bool | None:
+def lets_agent_work(pid: int, tid: int, *, equipped: bool) -> bool | None:
     """Whether the filters that the idle agent `tid` has now let it go on; False where they cannot be read.
 
+    `equipped`: it has all that it is given (equipment.py), and makes no call for that any more.
     None where that cannot be found out now: it does not stop in time, or somebody else traces it.
     """
+    nr = arch.current().NR
+    calls = calls_of_agent()
+    if not equipped:
+        calls += _calls_to_attach(nr, True) + _calls_to_attach(nr, False)
     try:
         ptrace.seize(tid)
     except OSError:
@@ -74,7 +79,7 @@ def lets_agent_work(pid: int, tid: int) -> bool | None:
         if stop.kind == "gone":
             return None
         programs = _read(tid, procfs.thread_status(pid, tid))
-        return programs is not None and _first_refused(programs, calls_of_agent()) is None
+        return programs is not None and _first_refused(programs, calls) is None
     except (OSError, TargetGone):
         return None
     finally:

@@ -28,3 +28,15 @@ def test_its_parent_can_reap_it(each_world: World, point: str) -> None:
     scan.communicate(timeout=60)
     (other,) = [victim for victim in victims if victim is not frozen]
     other.verify()
+
+
+@pytest.mark.parametrize("point", ["attach-hijack", "attach-clone"])
+def test_the_others_are_merged_all_the_same(world: World, point: str) -> None:
+    killed, *others = [world.victim("regions", 64, 4, seed, "straight") for seed in (1, 2, 3)]
+    killed.expect_status = -9
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:1:SIGKILL@{killed.pid}"
+    scan = world.scan(killed, *others)
+    assert killed.process.wait(timeout=10) == -9
+    for victim in others:
+        assert victim.merged_pages("shared") == 64, scan
+        victim.verify()

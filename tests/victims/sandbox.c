@@ -9,7 +9,8 @@
  *   deadly      is killed for socketpair
  *   harmless    refuses ptrace
  * `run lock` lays a filter on all of its threads (TSYNC) that kills it for ioctl, mremap, mprotect and
- * mmap at a fixed place; the agent is one of its threads.  `run discard` reads zeros after MADV_DONTNEED,
+ * mmap at a fixed place; the agent is one of its threads.  `run shut` lays one that kills it for what only
+ * an agent does that has just been started.  `run discard` reads zeros after MADV_DONTNEED,
  * `run child` lets a child discard and write, `run grandchild` a child of that as well,
  * `run reads` a child only look and write.
  */
@@ -44,6 +45,15 @@ static void lock(void)
 		BPF_JUMP(BPF_JMP | BPF_JSET, MAP_FIXED, 0, 1),
 		BPF_STMT(BPF_RET, SECCOMP_RET_KILL_PROCESS),
 		ALLOWED,
+	};
+	install(code, COUNT(code), SECCOMP_FILTER_FLAG_TSYNC);
+	say("OK");
+}
+
+static void shut(void)
+{
+	struct sock_filter code[] = {
+		NUMBER, DEADLY(SYS_capset), DEADLY(SYS_recvmsg), DEADLY(SYS_sendmsg), DEADLY(SYS_userfaultfd), ALLOWED,
 	};
 	install(code, COUNT(code), SECCOMP_FILTER_FLAG_TSYNC);
 	say("OK");
@@ -138,7 +148,8 @@ int main(int count, char **arguments)
 		must(!strcmp(arguments[1], "plain"));
 	say_ready();
 	const struct action actions[] = {
-		{"lock", lock}, {"discard", discard}, {"child", child}, {"grandchild", grandchild}, {"reads", child_reads}, {0},
+		{"lock", lock}, {"shut", shut}, {"discard", discard}, {"child", child}, {"grandchild", grandchild},
+		{"reads", child_reads}, {0},
 	};
 	return serve(actions);
 }
