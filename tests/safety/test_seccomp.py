@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -83,6 +84,23 @@ def test_a_filter_comes_after_the_agent(world: World, dies: str) -> None:
     perform(locked, "discard discard child", [other])
     perform(other, "discard child", [locked])
     _refused_from_now_on(world, locked, other)
+
+
+# Starts a program with as many supplementary groups as make its /proc status longer than some pages.
+_MANY_GROUPS = "import os, sys; os.setgroups(range(100_000, 102_000)); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+@pytest.mark.parametrize("kind", ["container", "plain"])
+def test_filters_of_a_process_with_many_groups_are_counted(world: World, kind: str) -> None:
+    """Those that it has before it is merged, and one that comes then."""
+    requirements_env.need("root", "userfaultfd_device")
+    many = (sys.executable, "-c", _MANY_GROUPS)
+    locked, other = [world.victim("sandbox", kind, wrapper=many) for _ in range(2)]
+    scan_until_merged(world, [locked, other], ["memory", "left"])
+    locked.ask("run lock")
+    perform(locked, "discard", [other])
+    perform(other, "discard", [locked])
+    locked.stop()
 
 
 @pytest.mark.parametrize("dies", ["nobody", "guard"])
