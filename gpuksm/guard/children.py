@@ -193,8 +193,12 @@ class Orphan:
         """The agent is there and the child still frozen: make it a target, then do what was read."""
         assert self.guard is not None
         assert self.pid is not None
-        self.service()
-        target = Target.open(self.id, self.pid, attachment)
+        try:
+            self.service()
+            target = Target.open(self.id, self.pid, attachment)
+        except BaseException:
+            attachment.close(but_event=self.uffd_event is not None)
+            raise
         target.coredump_filter = self.coredump_filter
         target.tethered = self.tethered
         self.guard.adopt(target)

@@ -44,6 +44,12 @@ class Attachment:
         word, *gifts = self.agent_held
         self.agent.stay((word, self.agent_event, *gifts), target)
 
+    def close(self, *, but_event: bool = False) -> None:
+        """The agent ends, the userfaultfds (`but_event`: one) let the memory go."""
+        self.agent.close()
+        for fd in (self.uffd_track,) if but_event else (self.uffd_track, self.uffd_event):
+            os.close(fd)
+
 
 def equip(
     agent: Agent, code: int, gifts: tuple[int, ...], fork_events: bool, inherited_event: int | None

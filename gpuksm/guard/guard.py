@@ -150,9 +150,7 @@ class Guard:
         try:
             target = Target.open(self._next_target, pid, link)
         except GpuksmError:
-            link.agent.close()
-            os.close(link.uffd_track)
-            os.close(link.uffd_event)
+            link.close()
             raise
         with contextlib.suppress(OSError, TargetGone, AgentStuck):
             unmap_leftovers(link, target.memory)

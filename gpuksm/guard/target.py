@@ -282,9 +282,8 @@ class Target:
     def close(self, *, but_event: bool = False) -> None:
         """Close every descriptor: the agent ends, the userfaultfds (`but_event`: one) let the memory go."""
         self.closed = True
-        self.link.agent.close()
-        event = () if but_event else (self.link.uffd_event,)
-        for fd in (self.link.uffd_track, *event, self.pagemap, self.memory, self.maps):
+        self.link.close(but_event=but_event)
+        for fd in (self.pagemap, self.memory, self.maps):
             os.close(fd)
 
 

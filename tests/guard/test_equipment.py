@@ -36,9 +36,7 @@ def _attach_and_leave(victim: Victim) -> None:
         attachment = attach.attach(
             victim.pid, gifts, ProcessCensus(), fork_events=False, tethered=set(), believed=0
         )
-        attachment.agent.close()
-        os.close(attachment.uffd_track)
-        os.close(attachment.uffd_event)
+        attachment.close()
     finally:
         for fd in gifts:
             os.close(fd)

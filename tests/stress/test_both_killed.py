@@ -20,6 +20,7 @@ from tests.stress.test_kill import KILLS
 from tests.support import processes
 from tests.support.merging import scan_until_merged
 from tests.support.scripts import LIBC
+from tests.support.standstill import wait_for
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -302,6 +303,9 @@ for line in sys.stdin:
     if word == "drop":
         assert libc.madvise(at + 4 * 4096, 8 * 4096, 4) == 0
         expected[4:12] = [0] * 8
+    if word == "cut":
+        assert libc.munmap(at + 16 * 4096, 8 * 4096) == 0
+        del expected[16:]
     wrong = [p for p, key in enumerate(expected) if ctypes.string_at(at + p * 4096, 4096) != content(key)]
     print("CORRUPT pages %s" % wrong if wrong else "OK pid=%d" % os.getpid(), flush=True)
 """
@@ -321,8 +325,12 @@ def _lose_userfaultfds_on_their_way(guard: int) -> None:
     os.close(handle)
 
 
-def test_a_child_whose_userfaultfd_is_lost_is_found_by_the_next_guard(world: World) -> None:
-    """It dies with guard and keeper between the read of the fork's event and the attic."""
+@pytest.mark.parametrize("fault", ["", "restore-copied:1:eagain"], ids=["", "fails"])
+def test_a_child_whose_userfaultfd_is_lost_is_found_by_the_next_guard(world: World, fault: str) -> None:
+    """It dies with guard and keeper between the read of the fork's event and the attic.
+
+    With the fault it has got another, and all else, when its takeover fails for the first time.
+    """
     requirements_env.need("thread_pidfd")
     victims = [world.python(_FORKER) for _ in range(2)]
     world.extra_env["GPUKSM_FAULT"] = "fork-read:1:stop"
@@ -338,9 +346,12 @@ def test_a_child_whose_userfaultfd_is_lost_is_found_by_the_next_guard(world: Wor
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert processes.store_mappings(child)
-    del world.extra_env["GPUKSM_FAULT"]
-    status = world.gpuksm("status", "--json").json()
-    assert child in {target["pid"] for target in status["targets"]}
+    if fault:
+        forker.ask("cut")  # so that there is an end to be settled
+    world.extra_env["GPUKSM_FAULT"] = fault
+    assert world.gpuksm("status", "--json").code == 0
+    wait_for(lambda: child in {target["pid"] for target in world.request("status")["targets"]})
+    assert ("fault injected: restore" in (world.folder / "guard.log").read_text()) == bool(fault)
     for word in ("verify", "drop", "verify"):
         forker.ask(word)
     world.unmerge()
