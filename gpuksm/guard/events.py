@@ -380,6 +380,12 @@ def _follow(host: Host, target: Target, arrived: list[Run], delta: int) -> None:
         target.tainted.append((run.start, run.end))
 
 
+def _is_followed(target: Target, run: Run, delta: int) -> bool:
+    """Whether the ledger has the slots of `run`, or the first of them, `delta` further on already."""
+    there = target.runs.at(run.start + delta)
+    return there is not None and there.slot + (run.start + delta - there.start) // PAGE_SIZE == run.slot
+
+
 def forget_store(host: Host, target: Target, start: int, end: int) -> None:
     """Replace store mappings in [start, end), in the ledger or not, by zeros."""
     table = Table()
@@ -427,7 +433,9 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         zero(host, target, event.a, event.b)
     elif event.kind == uffd.EVENT_REMAP:
         old, new, size = event.a, event.b, event.c
-        _follow(host, target, target.runs.overlapping(old, old + size), new - old)
+        # What is at its new place in the ledger, too, shows zeros at the old one, which stayed mapped.
+        runs = target.runs.overlapping(old, old + size)
+        _follow(host, target, [run for run in runs if not _is_followed(target, run, new - old)], new - old)
         target.tainted.append((new, new + size))
         _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:

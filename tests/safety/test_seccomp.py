@@ -10,6 +10,7 @@ import pytest
 from gpuksm import errors
 from tests import requirements_env
 from tests.support.merging import merged_pair, perform, scan_until_merged
+from tests.support.standstill import wait_for_event
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -84,6 +85,26 @@ def test_a_filter_comes_after_the_agent(world: World, dies: str) -> None:
     perform(locked, "discard discard child", [other])
     perform(other, "discard child", [locked])
     _refused_from_now_on(world, locked, other)
+
+
+@pytest.mark.parametrize("dies", ["nobody", "both"])
+def test_what_a_move_shows_reads_zeros_where_none_can_be_mapped(world: World, dies: str) -> None:
+    """They are written; where a takeover has read the event, to memory that it has made to wait."""
+    requirements_env.need("root", *(["thread_pidfd"] if dies == "both" else []))
+    locked, other = merged_pair(world, "sandbox", "plain")
+    locked.ask("run lock")
+    if dies == "nobody":
+        perform(locked, "apart keep grow again", [other])
+    else:
+        for action in ("keep", "grow"):
+            world.kill_guard_and_keeper()
+            locked.send(f"run {action}")
+            wait_for_event(locked)
+            world.gpuksm("status")
+            locked.answer()
+            locked.verify()
+        perform(locked, "again", [other])
+    locked.stop()
 
 
 # Starts a program with as many supplementary groups as make its /proc status longer than some pages.

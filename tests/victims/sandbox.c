@@ -12,13 +12,16 @@
  * mmap at a fixed place; the agent is one of its threads.  `run shut` lays one that kills it for what only
  * an agent does that has just been started.  `run discard` reads zeros after MADV_DONTNEED,
  * `run child` lets a child discard and write, `run grandchild` a child of that as well,
- * `run reads` a child only look and write.
+ * `run reads` a child only look and write.  `run keep` moves memory whose place stays mapped, `run grow`
+ * a half of an area, which grows by that; `run again` discards what came to show zeros then, and writes
+ * there; `run apart` lets a child do all of this.
  */
 #include "actions.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 
 #define PAGES 256
+#define MOVED 16ul
 #define COUNT(array) (sizeof(array) / sizeof(array[0]))
 #define NUMBER BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0)
 #define ANSWER(number, answer) BPF_JUMP(BPF_JMP | BPF_JEQ, number, 0, 1), BPF_STMT(BPF_RET, answer)
@@ -26,7 +29,7 @@
 #define DEADLY(number) ANSWER(number, SECCOMP_RET_KILL_PROCESS)
 #define ALLOWED BPF_STMT(BPF_RET, SECCOMP_RET_ALLOW)
 
-static struct area memory, left;
+static struct area memory, left, kept, grown, kept_away, grown_away;
 static size_t next;
 
 static void install(struct sock_filter *code, unsigned short count, unsigned flags)
@@ -123,6 +126,84 @@ static void grandchild(void)
 	say("OK");
 }
 
+/* What is at `to` now: `pages` of `area`, and zeros behind them. */
+static struct area arrived(const struct area *area, char *to, size_t pages)
+{
+	struct area new = {.at = to, .pages = MOVED, .keys = map_knowledge(MOVED * 8), .name = "moved"};
+	memcpy(new.keys, area->keys, pages * 8);
+	area_zeroed(&new, pages, MOVED - pages);
+	area_check(&new);
+	return new;
+}
+
+static void move_and_keep(void)
+{
+	char *to = mremap(kept.at, MOVED * PAGE, MOVED * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+	must(to != MAP_FAILED);
+	kept_away = arrived(&kept, to, MOVED);
+	area_known(&kept_away);
+	area_zeroed(&kept, 0, MOVED);
+}
+
+static void move_and_grow(void)
+{
+	char *room = map_anonymous((MOVED + 2) * PAGE, PROT_NONE) + PAGE;
+	char *to = mremap(grown.at, MOVED / 2 * PAGE, MOVED * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, room);
+	must(to == room);
+	grown_away = arrived(&grown, to, MOVED / 2);
+	area_known(&grown_away);
+	grown.at += MOVED / 2 * PAGE;
+	grown.keys += MOVED / 2;
+	grown.pages -= MOVED / 2;
+}
+
+static void discard_zeros(void)
+{
+	struct area *shown[] = {&kept, &grown_away};
+	for (int i = 0; i < 2; i++) {
+		must(!madvise(shown[i]->at + MOVED / 2 * PAGE, MOVED / 2 * PAGE, MADV_DONTNEED));
+		area_zeroed(shown[i], MOVED / 2, MOVED / 2);
+		area_set(shown[i], MOVED - 2, 77000 + i);
+		area_check(shown[i]);
+	}
+}
+
+static void keep(void)
+{
+	move_and_keep();
+	say("OK");
+}
+
+static void grow(void)
+{
+	move_and_grow();
+	say("OK");
+}
+
+static void again(void)
+{
+	discard_zeros();
+	say("OK");
+}
+
+static void apart(void)
+{
+	pid_t child = fork();
+	must(child >= 0);
+	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		move_and_keep();
+		move_and_grow();
+		check_all_areas();
+		discard_zeros();
+		check_all_areas();
+		_exit(0);
+	}
+	must(!child_status(child));
+	check_all_areas();
+	say("OK");
+}
+
 int main(int count, char **arguments)
 {
 	victim_start();
@@ -131,6 +212,10 @@ int main(int count, char **arguments)
 	left = area_new("left", PAGES, 62000, 1);
 	area_known(&memory);
 	area_known(&left);
+	kept = area_new("kept", MOVED, 63000, 1);
+	grown = area_new("grown", MOVED, 64000, 1);
+	area_known(&kept);
+	area_known(&grown);
 	struct sock_filter container[] = {
 		NUMBER, REFUSED(SYS_userfaultfd), REFUSED(SYS_process_vm_readv), REFUSED(SYS_process_vm_writev),
 		REFUSED(SYS_kcmp), REFUSED(SYS_ptrace), REFUSED(SYS_bpf), REFUSED(SYS_perf_event_open),
@@ -149,7 +234,7 @@ int main(int count, char **arguments)
 	say_ready();
 	const struct action actions[] = {
 		{"lock", lock}, {"shut", shut}, {"discard", discard}, {"child", child}, {"grandchild", grandchild},
-		{"reads", child_reads}, {0},
+		{"reads", child_reads}, {"keep", keep}, {"grow", grow}, {"again", again}, {"apart", apart}, {0},
 	};
 	return serve(actions);
 }
