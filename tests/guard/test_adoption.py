@@ -118,7 +118,9 @@ def _failed(world: World) -> int:
 
 
 def _await_targets(world: World, victims: list[Victim]) -> None:
+    """Wait until all are taken over, and no process is left to be."""
     pids = {victim.pid for victim in victims}
+    world.request("unmerge", pids=[])  # waits for that, and unmerges nothing
     wait_for(lambda: {target["pid"] for target in world.request("status")["targets"]} == pids)
 
 
