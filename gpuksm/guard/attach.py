@@ -31,7 +31,7 @@ import time
 from typing import Protocol
 
 from gpuksm.errors import NotPermitted, TargetGone, Unsupported
-from gpuksm.guard import arch, faults, places, sandbox
+from gpuksm.guard import arch, faults, places, sandbox, urgency
 from gpuksm.guard.agent import Agent, Table
 from gpuksm.guard.equipment import Attachment, equip, reserve_mappings, without_agent
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus
@@ -79,38 +79,44 @@ def attach(
     Raises TargetGone, FreezeFailed (try later), NotPermitted, Unsupported,
     FeatureMissing.  The target goes on whatever happens.
     """
-    far = places.far_place(pid)  # not in the freeze, which it would prolong; what it says is a wish
-    freeze = Freeze(pid, None, tethered)
-    freeze.complete(child.service if child else None, _ATTACH_DEADLINE_NS)
-    memory = None
-    try:
-        faults.point("attach-frozen")
-        # Only now: before the freeze the process might still have called exec.
-        memory = _open_memory(pid)
-        place = _find_slack(pid, memory, len(arch.current().BOOTSTRAP))
-        freeze.check_unshared(census)
-        if child is not None:
-            child.check()
+    # Not in the freeze, which it would prolong: what this says is a wish, and the census is told what is new.
+    far = places.far_place(pid)
+    census.sharer_of(pid)
+    with urgency.urgent(pid, 0):
+        began = time.monotonic_ns()
+        freeze = Freeze(pid, None, tethered)
+        freeze.complete(child.service if child else None, _ATTACH_DEADLINE_NS)
+        memory = None
         try:
-            agent, code = _bootstrap(pid, freeze, memory, place, far, believed)
-        except sandbox.Forbidden as error:
-            if child is None:
-                raise Unsupported(str(error)) from None
-            if child.uffd_event is None:
-                raise
-            attachment = without_agent(pid, child.uffd_event)
-            child.inside(attachment)
-            return attachment
-        if child is not None:
-            attachment = equip(agent, code, gifts, fork_events, child.uffd_event)
-            child.inside(attachment)
-            reserve_mappings(agent)
-            return attachment
-    finally:
-        freeze.thaw()
-        if memory is not None:
-            os.close(memory)
+            faults.point("attach-frozen")
+            # Only now: before the freeze the process might still have called exec.
+            memory = _open_memory(pid)
+            place = _find_slack(pid, memory, len(arch.current().BOOTSTRAP))
+            freeze.check_unshared(census)
+            if child is not None:
+                child.check()
+            try:
+                agent, code = _bootstrap(pid, freeze, memory, place, far, believed)
+            except sandbox.Forbidden as error:
+                if child is None:
+                    raise Unsupported(str(error)) from None
+                if child.uffd_event is None:
+                    raise
+                attachment = without_agent(pid, child.uffd_event)
+                child.inside(attachment)
+                return attachment
+            if child is not None:
+                attachment = equip(agent, code, gifts, fork_events, child.uffd_event)
+                child.inside(attachment)
+                reserve_mappings(agent)
+                return attachment
+        finally:
+            freeze.thaw()
+            if memory is not None:
+                os.close(memory)
+        pause_us = (time.monotonic_ns() - began) // 1000
     attachment = equip(agent, code, gifts, fork_events, None)
+    attachment.pause_us = pause_us
     reserve_mappings(agent)
     return attachment
 
@@ -169,12 +175,14 @@ def _borrow(pid: int, freeze: Freeze, memory: int) -> int:
 
 def _await_stop(pid: int, tid: int) -> ptrace.Stop:
     deadline = time.monotonic_ns() + _ATTACH_DEADLINE_NS
-    while time.monotonic_ns() < deadline:
+    for _ in urgency.glances():
         stop = ptrace.peek_stop(tid)
         if stop is not None:
             if stop.kind == "gone":
                 raise TargetGone(f"process {pid} has exited")
             return stop
+        if time.monotonic_ns() > deadline:
+            break
     raise FreezeFailed(f"thread {tid} of process {pid} did not stop again")
 
 
@@ -215,6 +223,7 @@ def _bootstrap(
     x86 = arch.current()
     nr = x86.NR
     tid = _borrow(pid, freeze, memory)
+    urgency.go_beside(pid, tid)
     registers = ptrace.get_registers(tid)
     if not x86.is_native(registers):
         raise Unsupported(f"process {pid} runs 32-bit code; skipped")

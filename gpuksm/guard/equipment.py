@@ -38,6 +38,7 @@ class Attachment:
     agent_store: int
     agent_held: tuple[int, ...]  # word, store, ledger, both ends of the attic
     code: int
+    pause_us: int = 0  # how long attaching has stopped the process
 
     def stay(self, target: int) -> None:
         """The agent stays with the target of this id until it has our word; TargetGone."""

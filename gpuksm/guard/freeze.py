@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 
 from gpuksm.errors import TargetGone
-from gpuksm.guard import restart
+from gpuksm.guard import restart, urgency
 from gpuksm.linux import census, pidfd, procfs, ptrace
 
 DEADLINE_NS = 50_000_000
-_SPIN_NS = 300_000
+_SPIN_NS, _SPIN_URGENT_NS = 300_000, 30_000  # others may need the processor
 
 
 class FreezeFailed(Exception):
@@ -102,6 +102,7 @@ class Freeze:
         our events cannot stop before the event was read.
         """
         started = time.monotonic_ns()
+        spin = _SPIN_URGENT_NS if urgency.is_urgent() else _SPIN_NS
         try:
             while True:
                 self.collect()
@@ -114,8 +115,9 @@ class Freeze:
                     raise FreezeFailed(f"a thread of process {self.pid} did not stop in time")
                 if service is not None:
                     service()
-                if elapsed > _SPIN_NS and self.waiting:
-                    time.sleep(0.0001)
+                if elapsed > spin and self.waiting:
+                    urgency.go_beside(self.pid, next(iter(self.waiting)))
+                    time.sleep(max(1e-4, elapsed / 8e9))  # others have to run for that
         except BaseException:
             self.thaw()
             raise

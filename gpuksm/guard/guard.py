@@ -15,12 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gpuksm import eligibility
-from gpuksm.errors import (
-    GpuksmError,
-    NoSuchProcess,
-    TargetGone,
-    Unsupported,
-)
+from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone, Unsupported
 from gpuksm.guard import (
     adoption,
     arch,
@@ -47,6 +42,7 @@ from gpuksm.guard.sandbox import MUZZLED
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.tether import Tether
+from gpuksm.guard.urgency import urgent
 from gpuksm.linux import census, probe, procfs, uffd
 
 
@@ -155,6 +151,7 @@ class Guard:
         with contextlib.suppress(OSError, TargetGone, AgentStuck):
             unmap_leftovers(link, target.memory)
         self.adopt(target)
+        self.pauses_us.append(link.pause_us)
         if not self.privileged:
             self.tether.hold(target)
         return target
@@ -224,15 +221,16 @@ class Guard:
         A busy machine may not let every thread stop within the deadline; the target
         runs on between `attempts`.
         """
-        freeze = self._freeze(target, attempts)
-        try:
-            yield freeze
-        except AgentStuck:
-            target.parked = freeze
-            raise
-        finally:
-            if target.parked is not freeze:
-                freeze.thaw()
+        with urgent(target.pid, target.link.agent.tid):
+            freeze = self._freeze(target, attempts)
+            try:
+                yield freeze
+            except AgentStuck:
+                target.parked = freeze
+                raise
+            finally:
+                if target.parked is not freeze:
+                    freeze.thaw()
 
     def _freeze(self, target: Target, attempts: int) -> Freeze:
         for attempt in range(attempts):

@@ -294,6 +294,7 @@ class Server:
         pid = int(item["pid"])
         ranges = None if item.get("ranges") is None else [(int(s), int(e)) for s, e in item["ranges"]]
         reply: dict[str, Any] = {"pid": pid, "target": None, "name": _name(pid), "regions": [], "skipped": {}}
+        pauses = len(self.guard.pauses_us)
         try:
             target, regions, skipped = self.guard.attach(
                 pid, ranges, named=bool(item.get("named")), options=options
@@ -307,6 +308,7 @@ class Server:
             "regions": regions,
             "merged": target.spans,
             "skipped": skipped,
+            "pauses_us": self.guard.pauses_us[pauses:],
             "error": None,
             "message": "",
             "vma_budget": self.guard.vma_budget(target),

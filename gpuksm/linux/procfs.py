@@ -295,6 +295,11 @@ def thread_activity(pid: int, tid: int) -> tuple[str, int]:
     return state, int(_read(pid, f"task/{tid}/schedstat").split()[0])
 
 
+def thread_processor(pid: int, tid: int) -> int:
+    """The processor that thread `tid` ran on last."""
+    return int(_read(pid, f"task/{tid}/stat").rpartition(b")")[2].split()[36])
+
+
 def command_line(pid: int) -> list[str]:
     """The arguments of process `pid`; empty for kernel threads and zombies."""
     return _text(_read(pid, "cmdline")).split("\0")[:-1]

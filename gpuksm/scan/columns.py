@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,3 +118,8 @@ def stretches_of(pages: U64) -> tuple[I64, I64]:
     breaks = np.flatnonzero(np.diff(pages) != PAGE_BYTES) + 1
     first = np.concatenate(([0], breaks)).astype(np.int64)
     return first, np.diff(np.append(first, len(pages)))
+
+
+def heads(ordered: NDArray[Any]) -> I64:
+    """Where each value of a column that ascends comes first (np.unique loads numpy.ma for that: 10 ms)."""
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])

@@ -126,6 +126,7 @@ class Engine:
         checksum = reply.get("tracking", "write-tracking") == "checksum"
         fresh = [_opened(item, checksum) for item in reply["targets"]]
         self.targets += fresh
+        self.pauses_us += [int(pause) for item in reply["targets"] for pause in item.get("pauses_us", ())]
         return fresh
 
     def merge(self, pages: Pages, living: list[Target]) -> int:

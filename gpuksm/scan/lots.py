@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.hashing.compiled import library
-from gpuksm.scan.columns import I64
+from gpuksm.scan.columns import I64, heads
 from gpuksm.scan.runs import KERNELS, VMA_PAGES, Layout, Pages, Runs, ends_well, followed
 
 VMAS_PER_RUN = 2
@@ -57,8 +57,9 @@ def decide(pages: Pages, layout: Layout, runs: Runs, budgets: I64) -> Decided:
     # What is left, lots in the order of their first page: neighbours are committed together.
     keep = np.flatnonzero(kept)
     new_index = np.cumsum(kept) - 1
-    alive = np.unique(lot_rank[keep])
-    head = np.searchsorted(lot_rank[keep], alive)
+    ranks = lot_rank[keep]
+    head = heads(ranks)
+    alive = ranks[head]
     by_place = np.argsort(runs.first[keep][head], kind="stable")
     alive = alive[by_place]
     lot_of_rank = np.zeros(len(length), np.int64)
@@ -67,7 +68,7 @@ def decide(pages: Pages, layout: Layout, runs: Runs, budgets: I64) -> Decided:
     fill = filler[alive]
     return (
         runs.take(keep),
-        lot_of_rank[lot_rank[keep]],
+        lot_of_rank[ranks],
         slot[chosen],
         size[chosen],
         np.where(size[chosen] > 0, new_index[np.maximum(fill, 0)], -1),

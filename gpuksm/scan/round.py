@@ -20,7 +20,7 @@ from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.linux import procfs
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
-from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages
+from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages, heads
 from gpuksm.scan.engine import Engine, Target, error_of
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
@@ -138,7 +138,9 @@ class _Scan:
         new = gather(trackers, known)
         if (new.kind == KIND_ZERO).any():
             return True
-        return len(new.digest) > 0 and equals_elsewhere(np.unique(new.digest), trackers, self.engine.stable())
+        ordered = np.sort(new.digest)
+        wanted = ordered[heads(ordered)]
+        return len(wanted) > 0 and equals_elsewhere(wanted, trackers, self.engine.stable())
 
     def _look(self) -> None:
         for target in self.engine.living():
