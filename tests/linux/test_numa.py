@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -17,7 +16,7 @@ import pytest
 
 from gpuksm.errors import FeatureMissing, TargetGone
 from gpuksm.linux import numa, vm
-from gpuksm.linux._libc import syscall_function
+from tests.support.numa import DEFAULT, PREFERRED, nodes, policy
 
 PAGE = 4096
 
@@ -46,7 +45,7 @@ def test_a_page_that_is_there_has_a_node_and_no_other(memory: mmap.mmap) -> None
     _ = memory[9 * PAGE]  # the zero page
     found = nodes_of(os.getpid(), start, 64)
     assert [page for page, node in enumerate(found) if node >= 0] == [0, 1, 5, 63]
-    assert {found[page] for page in (0, 1, 5, 63)} <= _nodes()
+    assert {found[page] for page in (0, 1, 5, 63)} <= nodes()
     assert found[9] == -errno.EFAULT
     assert found[2] == -errno.ENOENT
     assert nodes_of(os.getpid(), 1 << 40, 1)[0] < 0
@@ -67,7 +66,7 @@ def test_pages_of_another_process() -> None:
         start = int(child.stdout.readline())
         found = nodes_of(child.pid, start, 3)
         assert found[0] < 0
-        assert found[1] in _nodes()
+        assert found[1] in nodes()
         child.communicate("")
     with pytest.raises(TargetGone):
         nodes_of(child.pid, start, 3)
@@ -76,7 +75,7 @@ def test_pages_of_another_process() -> None:
 def test_the_policy_stays_with_the_file(memory: mmap.mmap) -> None:
     fd = os.memfd_create("test")
     os.ftruncate(fd, 1 << 50)
-    node = min(_nodes())
+    node = min(nodes())
     offset = 1 << 41
     try:
         numa.prefer(fd, offset, 4 * PAGE, node)
@@ -85,11 +84,11 @@ def test_the_policy_stays_with_the_file(memory: mmap.mmap) -> None:
             start = vm.address_of(later)
             assert later[0] == ord("x")
             later[PAGE] = 1
-            assert [_policy(start + page * PAGE) for page in (0, 3, 4)] == [1, 1, 0]  # preferred, default
+            assert [policy(start + page * PAGE) for page in (0, 3, 4)] == [PREFERRED, PREFERRED, DEFAULT]
             assert nodes_of(os.getpid(), start, 2) == [node, node]
             assert re.search(rf"^{start:x} prefer:{node} ", _numa_maps(), re.MULTILINE)
             numa.prefer(fd, offset, 4 * PAGE, None)
-            assert _policy(start) == 0
+            assert policy(start) == DEFAULT
             assert later[0] == ord("x")
     finally:
         os.close(fd)
@@ -99,7 +98,7 @@ def test_a_node_that_is_not_there_is_refused_and_leaves_nothing_mapped() -> None
     fd = os.memfd_create("refused")
     os.ftruncate(fd, 1 << 20)
     try:
-        for node in (max(_nodes()) + 1, numa.MAX_NODES - 1):
+        for node in (max(nodes()) + 1, numa.MAX_NODES - 1):
             with pytest.raises(OSError, match="mbind") as caught:
                 numa.prefer(fd, 0, PAGE, node)
             assert caught.value.errno == errno.EINVAL
@@ -124,25 +123,5 @@ def test_without_numa_there_is_nothing_to_ask_for(monkeypatch: pytest.MonkeyPatc
         numa.probe()
 
 
-def _nodes() -> set[int]:
-    return {int(path.name[4:]) for path in Path("/sys/devices/system/node").glob("node[0-9]*")}
-
-
 def _numa_maps() -> str:
     return re.sub("^0*", "", Path("/proc/self/numa_maps").read_text(), flags=re.MULTILINE)
-
-
-def _policy(address: int) -> int:
-    """The mode of the policy that holds at one of our addresses (get_mempolicy, MPOL_F_ADDR)."""
-    get_mempolicy = syscall_function(
-        "get_mempolicy",
-        239,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-    )
-    mode = ctypes.c_int(-1)
-    get_mempolicy(ctypes.addressof(mode), None, 0, address, 2)
-    return mode.value
