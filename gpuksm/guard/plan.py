@@ -168,7 +168,7 @@ def _allocate(
         start = host.store.allocate(count, user, pages.get(index, 0), node)
         host.journal.append(journal.EXTENT, node, start, count, user)
         starts.append(start)
-    return starts, host.store.place(starts)
+    return starts, host.store.place(starts) if any(node for _, node in new) else set()
 
 
 def _resolve(record: tuple[int, ...], index: int, starts: list[int], slots: list[int]) -> Planned:

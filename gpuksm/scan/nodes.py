@@ -55,7 +55,7 @@ def parted(joins: NDArray[np.bool_], node: Nodes) -> NDArray[np.bool_]:
 
 
 def nodes_of(pid: int, address: U64) -> Nodes:
-    """The node + 1 of each page of a process, 0 where it is not there (any more); TargetGone."""
+    """The node + 1 of each page of a process, 0 where it is gone; TargetGone, NotPermitted."""
     address = np.ascontiguousarray(address)
     status = np.full(len(address), -1, np.int32)
     if len(address):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuksm.errors import TargetGone
+from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_NORMAL, KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, procfs
@@ -157,10 +157,10 @@ class Tracker:
         self._looked = began
 
     def _drop_moved(self) -> None:
-        """Pages that have moved to another node since they were asked for have no digest; TargetGone."""
-        known = np.flatnonzero(self.columns.known & (self.columns.kind == KIND_NORMAL))
-        moved = nodes_of(self.pid, self.columns.address[known]) != self.columns.node[known]
-        self.columns.known[known[moved]] = False
+        """Pages that have moved to another node since they were asked for have no digest."""
+        known = np.flatnonzero(self.columns.known)
+        now = self.ask_nodes(self.columns.address[known], self.columns.kind[known])
+        self.columns.known[known[now != self.columns.node[known]]] = False
 
     def tell_nodes_apart(self, by_node: bool) -> None:
         """From now on pages of different nodes have different digests, or not; none is known any more."""
@@ -256,7 +256,7 @@ class Tracker:
         """The node + 1 of each of these pages, 0 for those that are gone, and for zeros, which need none."""
         node = np.zeros(len(address), np.uint16)
         wanted = kind == KIND_NORMAL
-        with contextlib.suppress(TargetGone):
+        with contextlib.suppress(TargetGone, NotPermitted):
             node[wanted] = nodes_of(self.pid, address[wanted])
         return node
 
