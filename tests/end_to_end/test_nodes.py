@@ -108,6 +108,38 @@ def test_a_successor_knows_the_nodes_of_extents(world: World) -> None:
     assert numa.store_policies(later[0].pid) == {f"prefer:{min(numa.nodes())}"}
 
 
+def test_each_node_keeps_what_its_processes_share(world: World) -> None:
+    """On a machine with several nodes: two processes on each of two."""
+    if len(numa.nodes()) < 2:
+        pytest.skip("one NUMA node")
+    nodes = [*sorted(numa.nodes())[:2]] * 2
+    victims = [
+        world.victim("regions", PAGES, 64, seed, "straight", wrapper=numa.on_node(node))
+        for seed, node in enumerate(nodes, 1)
+    ]
+    result = world.scan(*victims, options=OPTION)
+    assert _merged(victims) == [True] * 4, result
+    for victim, node in zip(victims, nodes, strict=True):
+        assert numa.store_policies(victim.pid) == {f"prefer:{node}"}
+        assert numa.store_nodes(victim.pid) == {node}
+    assert {of for _, _, of in numa.extents(world)} == {node + 1 for node in nodes}
+    slots = world.request("status")["store_slots"]
+    assert slots >= 2 * PAGES
+    later = world.victim("regions", PAGES, 64, 9, "straight", wrapper=numa.on_node(nodes[1]))
+    world.scan(*victims, later, options=OPTION)
+    assert _merged([later]) == [True]
+    assert numa.store_nodes(later.pid) == {nodes[1]}
+    assert world.request("status")["store_slots"] < slots + PAGES // 2
+    alone = [
+        world.victim("regions", PAGES, 64, seed, "straight", 99, wrapper=numa.on_node(nodes[seed % 2]))
+        for seed in (5, 6)
+    ]
+    world.scan(*alone, options=OPTION)
+    assert [victim.merged_pages("shared") for victim in alone] == [0, 0]
+    world.scan(*alone)
+    assert _merged(alone) == [True] * 2
+
+
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """What the kernel is made to say: {pid: the node of all its pages}."""

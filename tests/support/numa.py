@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import socket
+import sys
 from pathlib import Path
 
 from gpuksm import wire
@@ -34,6 +35,24 @@ def store_policies(pid: int) -> set[str]:
     """The policies of all mappings of the store in a process, as /proc/PID/numa_maps names them."""
     shown = Path(f"/proc/{pid}/numa_maps").read_text()
     return set(re.findall(r"^[0-9a-f]+ (\S+) file=/memfd:gpuksm-store", shown, re.MULTILINE))
+
+
+def store_nodes(pid: int) -> set[int]:
+    """The nodes on which the store's pages lie that a process has looked at."""
+    shown = Path(f"/proc/{pid}/numa_maps").read_text()
+    lines = re.findall(r"^[0-9a-f]+ \S+ file=/memfd:gpuksm-store.*", shown, re.MULTILINE)
+    return {int(node) for line in lines for node in re.findall(r" N(\d+)=", line)}
+
+
+def on_node(node: int) -> list[str]:
+    """What starts a program whose memory all lies on `node`, in front of it."""
+    code = (
+        "import ctypes, os, sys\n"
+        "mask = ctypes.c_uint64(1 << int(sys.argv[1]))\n"
+        "assert ctypes.CDLL(None).syscall(238, 2, ctypes.byref(mask), 65) == 0\n"  # set_mempolicy, MPOL_BIND
+        "os.execv(sys.argv[2], sys.argv[2:])\n"
+    )
+    return [sys.executable, "-c", code, str(node)]
 
 
 def extents(world: World) -> list[tuple[int, int, int]]:
