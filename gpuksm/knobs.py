@@ -34,7 +34,12 @@ TABLE: dict[str, Knob] = {
     "use_zero_pages": Knob("1: pages full of zeros are given back, 0: left alone", 0, 1),
     "smart_scan": Knob("1: memory that keeps being written is looked at less often", 0, 1),
     "max_page_sharing": Knob("most mappings of one stable page; 0: there is no limit"),
-    "merge_across_nodes": Knob("1: pages of all NUMA nodes are merged with each other"),
+    "merge_across_nodes": Knob(
+        "1: pages of all NUMA nodes are merged with each other, 0: only those of one node; "
+        "set while nothing is merged",
+        0,
+        1,
+    ),
     "pages_shared": Knob("stable pages in use"),
     "pages_sharing": Knob("further mappings of stable pages"),
     "pages_unshared": Knob("calm pages that equal no other"),

@@ -17,7 +17,8 @@ MAX_JSON = 16 << 20
 MAX_PAYLOAD = 512 << 20
 
 PLAN_RECORD = struct.Struct("<BBHIQIIQQQ")
-EXTENT_RECORD = struct.Struct("<IIQ")
+EXTENT_RECORD = struct.Struct("<IIQ")  # slots, NUMA node + 1 (0: any), reserved
+SLOTS_RECORD = struct.Struct("<QII")  # first slot, slots, NUMA node + 1 (0: any)
 OP_FILL, OP_MAP, OP_ZERO, OP_FILL_REPLICA = 1, 2, 3, 4
 FLAG_NEW_EXTENT = 1
 

@@ -22,7 +22,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_verbs_and_options_exist(page: Path) -> None:
-    options = {verb: {text for row in _command(verb).params for text in row.opts} for verb in VERBS}
+    options = {
+        verb: {text for row in _command(verb).params for text in (*row.opts, *row.secondary_opts)}
+        for verb in VERBS
+    }
     commands = re.findall(r"`gpuksm ([a-z]+)([^`\n]*)`", page.read_text())
     unknown = [verb for verb, _ in commands if verb not in VERBS]
     for verb, words in commands:

@@ -58,6 +58,14 @@ _AFTER = (
     ),
     _options.max_pause,
 )
+_NODES = (
+    click.option(
+        "--merge-across-nodes/--no-merge-across-nodes",
+        default=True,
+        show_default=True,
+        help="Merge pages of different NUMA nodes with each other, or only those of one node.",
+    ),
+)
 _ALLOWED = (
     click.option(
         "--allow-seccomp",
@@ -86,7 +94,7 @@ def _adds(decorators: tuple[Callable[[Any], Any], ...]) -> Callable[[Function], 
     return decorate
 
 
-batch, hashing, allowed = _adds(_BEFORE), _adds(_AFTER), _adds(_ALLOWED)
+batch, hashing, across_nodes, allowed = map(_adds, (_BEFORE, _AFTER, _NODES, _ALLOWED))
 
 
 def give_way() -> None:

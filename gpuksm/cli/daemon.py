@@ -161,6 +161,7 @@ class _Signals:
 )
 @_scanning.batch
 @_scanning.hashing
+@_scanning.across_nodes
 @_scanning.allowed
 @click.option(
     "--no-smart-scan", is_flag=True, help="Also look at memory that keeps being written in each round."
@@ -203,6 +204,7 @@ def command(
             "max_cpu_percent": max_cpu,
             "use_zero_pages": int(not no_zero_pages),
             "smart_scan": int(not no_smart_scan),
+            "merge_across_nodes": int(options.merge_across_nodes),
         },
     )
     if context.meta.get(_RELOADING):

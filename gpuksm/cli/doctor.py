@@ -106,7 +106,7 @@ def _settings() -> Iterator[Finding]:
         yield Finding("the kernel's KSM", GOOD, "off")
     numa = probe.setting("/proc/sys/kernel/numa_balancing")
     if numa not in (None, "0"):
-        advice = "a merged page lies on one node; processes of the others read it from there"
+        advice = "a merged page lies on one node, and others read it from there; see --no-merge-across-nodes"
         yield Finding("NUMA balancing", NOTE, "on", advice)
 
 

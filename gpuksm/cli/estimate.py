@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpuksm.cli import _options, _output
+from gpuksm.cli import _options, _output, _scanning
 from gpuksm.targets import Selection
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also say what more would be equal had the processes been started by `gpuksm exec --same-layout`.",
 )
+@_scanning.across_nodes
 @_options.json_flag
-def command(selection: Selection, same_layout: bool, as_json: bool) -> None:
+def command(selection: Selection, same_layout: bool, merge_across_nodes: bool, as_json: bool) -> None:
     """Say what a scan of the TARGETS would save now, without attaching to or changing anything."""
     from gpuksm.scan import ScanOptions
 
-    run(selection, ScanOptions(), as_json, same_layout=same_layout)
+    options = ScanOptions(merge_across_nodes=merge_across_nodes)
+    run(selection, options, as_json, same_layout=same_layout)
 
 
 def run(selection: Selection, options: ScanOptions, as_json: bool, *, same_layout: bool = False) -> None:

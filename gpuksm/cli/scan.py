@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     help="Time between two rounds, in which a page must not be written.",
 )
 @_scanning.hashing
+@_scanning.across_nodes
 @click.option("--dry-run", is_flag=True, help="Only say what would be merged, like `gpuksm estimate`.")
 @_scanning.allowed
 @_options.json_flag

@@ -29,11 +29,19 @@ class Exchange:
         wanted, self._wanted = self._wanted, {}
         return wanted
 
-    def set(self, values: dict[str, Any]) -> None:
-        """Keep `values` for the daemon; UsageError, GuardError when none runs."""
+    def set(self, values: dict[str, Any], merged_pages: int) -> None:
+        """Keep `values` for the daemon; UsageError, GuardError when none runs.
+
+        GuardError also for what KSM does not change, either, while something is merged.
+        """
         checked = {str(name): knobs.checked(str(name), value) for name, value in values.items()}
         if self._numbers is None:
             raise GuardError("no daemon is running; start one with `gpuksm daemon`")
+        name = "merge_across_nodes"
+        if merged_pages and name in checked and checked[name] != (self._numbers | self._wanted).get(name):
+            raise GuardError(
+                f"{merged_pages} pages are merged; set run to 2 first, or run `gpuksm unmerge --all`"
+            )
         self._wanted |= checked
 
     def told(self) -> dict[str, Any]:

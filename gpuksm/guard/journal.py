@@ -45,7 +45,8 @@ class Record(NamedTuple):
     """One entry; the meaning of `a`, `b`, `c` depends on `kind`.
 
     TARGET: pid, start time, code page.  MAP: start, end, slot.  UNMAP: start, end.
-    EXTENT: first slot, slots, user.  DIGESTS: first slot, count; the column follows.
+    EXTENT: first slot, slots, user; its `target` is a NUMA node + 1, or 0.
+    DIGESTS: first slot, count; the column follows.
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
     DISCARD: start, end of what a target without agent discards (0, 0: all of that is done).
     COREDUMP: the target's coredump_filter before anything was merged in it.

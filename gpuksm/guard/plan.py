@@ -25,6 +25,7 @@ from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loos
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.verify import Piece
+from gpuksm.linux import numa
 from gpuksm.linux._libc import PAGE_SIZE
 
 _MAX_PAGES = 1 << 20
@@ -80,8 +81,9 @@ class Result:
 
 def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int) -> Result:
     """Carry out a plan; UsageError when it is malformed (nothing was done then)."""
-    slots, plan, digests = _parse(extents, records, payload)
-    starts = _allocate(host, slots, plan)
+    new, plan, digests = _parse(extents, records, payload)
+    slots = [count for count, _ in new]
+    starts, unplaced = _allocate(host, new, plan)
     planned = [_resolve(record, index, starts, slots) for index, record in enumerate(plan)]
     _remember(host, planned, digests)
     outcome = Outcome()
@@ -90,7 +92,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     continued = {(part.target, part.end) for part in cut if part.continued}
     for portion in _portions(cut):
         pieces: dict[int, list[Piece]] = {}
-        _fill(host, portion, pieces, outcome)
+        _fill(host, portion, pieces, unplaced, outcome)
         _verify(host, portion, pieces, outcome)
         for number, mine in pieces.items():
             # A run in front of a piece that failed may have lost what was watched behind it.
@@ -109,28 +111,30 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
 
 def _parse(
     extents: int, count: int, payload: bytes | bytearray
-) -> tuple[list[int], list[tuple[int, ...]], bytes]:
-    """(slots of each extent, plan records, digest column)."""
+) -> tuple[list[tuple[int, int]], list[tuple[int, ...]], bytes]:
+    """(slots and node of each extent, plan records, digest column)."""
     at = extents * wire.EXTENT_RECORD.size
     end = at + count * wire.PLAN_RECORD.size
     if not (0 <= extents <= _MAX_PAGES and 0 <= count <= 4 * _MAX_PAGES and end <= len(payload)):
         raise UsageError("malformed plan: extents and records do not fit the payload")
     if (len(payload) - end) % 8:
         raise UsageError("malformed plan: the digest column is no multiple of 8 bytes")
-    slots = [item[0] for item in wire.EXTENT_RECORD.iter_unpack(payload[:at])]
-    if any(not 0 < number <= _MAX_PAGES for number in slots):
+    new = [(slots, node) for slots, node, _ in wire.EXTENT_RECORD.iter_unpack(payload[:at])]
+    if any(not 0 < slots <= _MAX_PAGES for slots, _ in new):
         raise UsageError("malformed plan: extent size out of range")
+    if any(node > numa.MAX_NODES for _, node in new):
+        raise UsageError("malformed plan: there is no such NUMA node")
     records = list(wire.PLAN_RECORD.iter_unpack(payload[at:end]))
     for op, flags, _, _, addr, pages, extent, slot, _, _ in records:
         if not wire.OP_FILL <= op <= wire.OP_FILL_REPLICA or not 0 < pages <= _MAX_PAGES or addr % PAGE_SIZE:
             raise UsageError("malformed plan: record out of range")
         if flags & wire.FLAG_NEW_EXTENT:
-            if extent >= len(slots) or slot + pages > slots[extent]:
+            if extent >= len(new) or slot + pages > new[extent][0]:
                 raise UsageError("malformed plan: record outside its extent")
         elif op in _FILLS:
             raise UsageError("malformed plan: only new extents are filled")
     _check_disjoint(records)
-    return slots, records, bytes(payload[end:])
+    return new, records, bytes(payload[end:])
 
 
 def _check_disjoint(records: list[tuple[int, ...]]) -> None:
@@ -145,8 +149,13 @@ def _check_disjoint(records: list[tuple[int, ...]]) -> None:
             raise UsageError("malformed plan: a page is in two records")
 
 
-def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> list[int]:
-    """First slots of the new extents; each belongs to the user whose process fills it first."""
+def _allocate(
+    host: Host, new: list[tuple[int, int]], records: list[tuple[int, ...]]
+) -> tuple[list[int], set[int]]:
+    """First slots of the new extents, and of those whose memory cannot be taken from their node.
+
+    Each belongs to the user whose process fills it first.
+    """
     users: dict[int, int] = {}
     pages: dict[int, int] = {}
     for op, flags, _, target, addr, _, extent, slot, *_ in records:
@@ -154,12 +163,12 @@ def _allocate(host: Host, slots: list[int], records: list[tuple[int, ...]]) -> l
             users.setdefault(extent, host.targets[target].user)
             pages.setdefault(extent, addr // PAGE_SIZE - slot)
     starts = []
-    for index, count in enumerate(slots):
+    for index, (count, node) in enumerate(new):
         user = users.get(index, NOBODY)
-        start = host.store.allocate(count, user, pages.get(index, 0))
-        host.journal.append(journal.EXTENT, 0, start, count, user)
+        start = host.store.allocate(count, user, pages.get(index, 0), node)
+        host.journal.append(journal.EXTENT, node, start, count, user)
         starts.append(start)
-    return starts
+    return starts, host.store.place(starts) if any(node for _, node in new) else set()
 
 
 def _resolve(record: tuple[int, ...], index: int, starts: list[int], slots: list[int]) -> Planned:
@@ -265,7 +274,9 @@ def _window(part: Planned) -> tuple[int, int]:
     return (part.extent, (part.slot - part.extent) // _WINDOW_PAGES)
 
 
-def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
+def _fill(
+    host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], unplaced: set[int], outcome: Outcome
+) -> None:
     filled, extents, before = 0, set[int](), host.store.used_bytes()
     room = headroom.store_pages()
     empty: list[Planned] = []
@@ -276,8 +287,9 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
         if target is None or item.extent is None:
             empty.append(item)
             continue
-        if host.store.user_of(item.slot) != target.user or item.pages > room:
-            outcome.skip("guard-memory-limit" if item.pages > room else "other-user", item.pages)
+        reason = _not_filled(host.store, item, target, room, unplaced)
+        if reason is not None:
+            outcome.skip(reason, item.pages)
             empty.append(item)
             continue
         room -= item.pages
@@ -303,6 +315,14 @@ def _fill(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], ou
     if host.store.used_bytes() - before > filled * PAGE_SIZE:
         host.store.trim(extents)
     faults.point("filled")
+
+
+def _not_filled(store: Store, item: Planned, target: Target, room: int, unplaced: set[int]) -> str | None:
+    if store.user_of(item.slot) != target.user:
+        return "other-user"
+    if item.extent in unplaced:
+        return "numa-node"
+    return "guard-memory-limit" if item.pages > room else None
 
 
 def _forget(host: Host, empty: list[Planned]) -> None:

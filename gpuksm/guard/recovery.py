@@ -58,7 +58,7 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
         if record.kind == journal.BORN:
             guard.seed = record.a
         elif record.kind == journal.EXTENT:
-            guard.store.adopt(record.a, record.b, record.c)
+            guard.store.adopt(record.a, record.b, record.c, record.target)
         elif record.kind == journal.NEXT:
             guard.store.reserve(record.a)
         elif record.kind == journal.DIGESTS:

@@ -268,7 +268,6 @@ class Server:
     # -- operations --------------------------------------------------------------
 
     def _hello(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
-        merged = sum(target.runs.pages for target in self.guard.targets.values())
         return {
             "runs": sum(len(target.runs) for target in self.guard.targets.values()),
             "store_bytes": self.guard.store.used_bytes(),
@@ -276,9 +275,12 @@ class Server:
             "version": __version__,
             "store_dev": self.guard.store.device,
             "store_ino": self.guard.store.inode,
-            "merged_pages": merged,
+            "merged_pages": self._merged_pages(),
             "seed": self.guard.seed,
         }, b""
+
+    def _merged_pages(self) -> int:
+        return sum(target.runs.pages for target in self.guard.targets.values())
 
     def _attach(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         if self.scanner not in (None, client):
@@ -343,10 +345,10 @@ class Server:
         generation = self.guard.store.generation
         if message.get("generation") == generation:
             return {"generation": generation, "extents": None}, b""
-        extents = self.guard.store.extents()
-        body = b"".join(struct.pack("<QQ", start, slots) for start, slots, _ in extents)
-        body += b"".join(digests for _, _, digests in extents)
-        return {"generation": generation, "extents": len(extents)}, body
+        owners = self.guard.store.owners()
+        body = b"".join(wire.SLOTS_RECORD.pack(start, slots, node) for start, slots, _, node in owners)
+        body += b"".join(digests for _, _, digests in self.guard.store.extents())
+        return {"generation": generation, "extents": len(owners)}, body
 
     def _unmerge(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         pids = message.get("pids")
@@ -399,7 +401,7 @@ class Server:
                 raise GuardError("only the scanner that has attached publishes its numbers")
             return {"wanted": self.exchange.publish(dict(message["publish"]))}, b""
         if "set" in message:
-            self.exchange.set(dict(message["set"]))
+            self.exchange.set(dict(message["set"]), self._merged_pages())
             self._wake_watchers()
         return self.exchange.told(), b""
 
@@ -418,7 +420,7 @@ class Server:
                 client.flush()  # one that is gone is hung up on when it is polled
 
     def _shutdown(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
-        merged = sum(target.runs.pages for target in self.guard.targets.values())
+        merged = self._merged_pages()
         if merged or self.guard.orphans:
             raise GuardError(f"{merged} pages are merged; run `gpuksm unmerge --all` first")
         self.stopping = True

@@ -40,8 +40,8 @@ def _is_plain(guard: Guard) -> bool:
 
 
 def _ledger(guard: Guard) -> Iterator[Record]:
-    for start, slots, user in guard.store.owners():
-        yield Record(EXTENT, 0, start, slots, user)
+    for start, slots, user, node in guard.store.owners():
+        yield Record(EXTENT, node, start, slots, user)
     # Behind the extents, of which the last may be gone: its slots are not used again.
     yield Record(NEXT, 0, guard.store.next_slot, 0, 0)
     for target in guard.targets.values():

@@ -12,16 +12,21 @@ What must hold:
   holds a descriptor that reads all of it, and how fast a write to a page is would
   tell one process whether another has the same page.
 - A slot is punched only when no mapping of it is left anywhere (reclaim.py).
+
+An extent may belong to a NUMA node, written as node + 1 here (0: to none): its memory is then taken from
+that node as long as there is some.  Wrong or missing, that costs time, never a byte.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterable, Sequence
 
 from gpuksm.errors import FeatureMissing
+from gpuksm.linux import numa
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import punch_hole
 
@@ -33,6 +38,9 @@ _NEAR_HOLE = 1 << 18  # 1 GiB behind every other
 _HUGE = 512  # pages of a huge page
 _LARGE_EXTENT = _HUGE
 NOBODY = (1 << 32) - 1  # the user of an extent that nothing fills
+# Extents of one node this close to each other (pages: 64 GiB) share a policy, and what it costs to set it.
+_TOGETHER = 1 << 24
+_MOST_MAPPED = 1 << 34  # pages that are mapped at once to set a policy: half of an address space
 
 
 def hole_behind(slots: int) -> int:
@@ -58,11 +66,14 @@ class Store:
         self._slots: list[int] = []
         self._digests: list[bytes] = []
         self._users: list[int] = []
+        self._nodes: list[int] = []
         self.generation = 0  # goes up whenever what `extents` tells has changed
         self._next = _LARGE_EXTENT  # slot 0 is never used: offset 0 is what careless code maps
 
-    def allocate(self, slots: int, user: int, page: int = 0) -> int:
+    def allocate(self, slots: int, user: int, page: int = 0, node: int = 0) -> int:
         """First slot of a new extent for processes of `user`; its digests are all unknown (0).
+
+        `place` has to follow where it belongs to a `node`.
 
         A large one is congruent, by huge pages, to the page number `page` that fills it: where
         shared memory gets huge pages, the run is then mapped by huge page table entries.
@@ -70,10 +81,10 @@ class Store:
         start = self._next
         if slots >= _HUGE:
             start += (page - start) % _HUGE
-        self.adopt(start, slots, user)
+        self.adopt(start, slots, user, node)
         return start
 
-    def adopt(self, start: int, slots: int, user: int) -> None:
+    def adopt(self, start: int, slots: int, user: int, node: int = 0) -> None:
         """Note an extent that exists already (ledger replay)."""
         if (start + slots + _FAR_HOLE) * PAGE_SIZE >= STORE_BYTES:
             raise FeatureMissing(
@@ -84,10 +95,44 @@ class Store:
         self._slots.append(slots)
         self._digests.append(bytes(8 * slots))
         self._users.append(user)
+        self._nodes.append(node)
         # Alignment keeps index nodes shared.
         self._next = start + slots + hole_behind(slots)
         if slots >= _LARGE_EXTENT:
             self._next = -(-self._next // _LARGE_EXTENT) * _LARGE_EXTENT
+
+    def place(self, starts: Iterable[int]) -> set[int]:
+        """Have the memory of the new extents at `starts`, ascending, taken from their nodes.
+
+        Returns the starts of those for which the kernel does not allow that.
+        """
+        refused: set[int] = set()
+        group: list[int] = []
+        for start in starts:
+            node = self._nodes[self._index(start)]
+            if group and (node != self._nodes[self._index(group[0])] or start - group[0] > _TOGETHER):
+                refused.update(self._place_together(group))
+                group = []
+            if node:
+                group.append(start)
+        return refused.union(self._place_together(group))
+
+    def _place_together(self, group: list[int]) -> list[int]:
+        if not group:
+            return []
+        first, last = self._index(group[0]), self._index(group[-1])
+        begin, end = _huge_floor(group[0]), -_huge_floor(-group[-1] - self._slots[last])
+        try:
+            numa.prefer(self.fd, begin * PAGE_SIZE, (end - begin) * PAGE_SIZE, self._nodes[first] - 1)
+        except OSError:
+            return group
+        return []
+
+    def _displace(self, begin: int, end: int) -> None:
+        """No node any more for the slots [begin, end), all of them free: the kernel keeps nothing of it."""
+        for at in range(begin, end, _MOST_MAPPED):
+            with contextlib.suppress(OSError):
+                numa.prefer(self.fd, at * PAGE_SIZE, min(_MOST_MAPPED, end - at) * PAGE_SIZE, None)
 
     @property
     def next_slot(self) -> int:
@@ -134,9 +179,9 @@ class Store:
         """Every live extent: first slot, slots, digest column."""
         return list(zip(self._starts, self._slots, self._digests, strict=True))
 
-    def owners(self) -> list[tuple[int, int, int]]:
-        """Every live extent: first slot, slots, the user whose processes may map it."""
-        return list(zip(self._starts, self._slots, self._users, strict=True))
+    def owners(self) -> list[tuple[int, int, int, int]]:
+        """Every live extent: first slot, slots, the user whose processes may map it, its node."""
+        return list(zip(self._starts, self._slots, self._users, self._nodes, strict=True))
 
     def write(self, slot: int, data: Sequence[memoryview]) -> None:
         """Fill slots from `slot` on; raises OSError (ENOSPC) when memory is short."""
@@ -168,14 +213,20 @@ class Store:
     def free(self, mapped: Sequence[tuple[int, int]]) -> int:
         """Punch every allocated slot outside `mapped` (sorted, disjoint [start, end)); slots freed."""
         freed = 0
-        keep: list[tuple[int, int, bytes, int]] = []
+        keep: list[tuple[int, int, bytes, int, int]] = []
         starts = [piece[0] for piece in mapped]
-        for (start, slots, digests), user in zip(self.extents(), self._users, strict=True):
+        placed: int | None = None  # from where on all that had a node is free
+        for (start, slots, user, node), digests in zip(self.owners(), self._digests, strict=True):
             gaps = _gaps(start, start + slots, mapped, starts)
             if gaps == [(start, start + slots)]:
                 punch_hole(self.fd, start * PAGE_SIZE, slots * PAGE_SIZE)
                 freed += slots
+                if node and placed is None:
+                    placed = _huge_floor(start)
                 continue
+            if placed is not None:
+                self._displace(placed, _huge_floor(start))
+                placed = None
             for low, high in gaps:
                 first, last = (low - start) * 8, (high - start) * 8
                 if digests[first:last].count(0) == last - first:
@@ -183,11 +234,14 @@ class Store:
                 punch_hole(self.fd, low * PAGE_SIZE, (high - low) * PAGE_SIZE)
                 digests = digests[:first] + bytes(last - first) + digests[last:]
                 freed += high - low
-            keep.append((start, slots, digests, user))
+            keep.append((start, slots, digests, user, node))
+        if placed is not None:
+            self._displace(placed, self._next)
         self._starts = [item[0] for item in keep]
         self._slots = [item[1] for item in keep]
         self._digests = [item[2] for item in keep]
         self._users = [item[3] for item in keep]
+        self._nodes = [item[4] for item in keep]
         self.generation += bool(freed)
         return freed
 
@@ -203,6 +257,11 @@ class Store:
         if index == len(self._starts) or self._starts[index] != start:
             raise KeyError(start)
         return index
+
+
+def _huge_floor(slot: int) -> int:
+    """The first slot of a huge page that has `slot`: the kernel looks there for the policy of all of it."""
+    return slot // _HUGE * _HUGE
 
 
 def _gaps(

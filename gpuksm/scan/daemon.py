@@ -15,12 +15,12 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gpuksm import knobs
 from gpuksm.client import GuardClient
-from gpuksm.errors import GuardError
+from gpuksm.errors import FeatureMissing, GuardError
 from gpuksm.scan import measure
 from gpuksm.scan.session import Round, Session
 from gpuksm.scan.types import ScanOptions, TargetRequest
@@ -91,7 +91,8 @@ class Daemon:
     # -- one connection ------------------------------------------------------------
 
     def _serve(self, client: GuardClient, watcher: GuardClient) -> None:
-        session = Session(client, self.setup.options, self)
+        across = bool(self.values["merge_across_nodes"])
+        session = Session(client, replace(self.setup.options, merge_across_nodes=across), self)
         self._opened = False
         try:
             session.open()
@@ -155,7 +156,6 @@ class Daemon:
                 **session.numbers(),
                 **self._counters(session),
                 "max_page_sharing": 0,
-                "merge_across_nodes": 1,
                 "interval_millisecs": round(self._interval * 1000),
                 "cpu_millisecs": round(time.process_time() * 1000),
             }
@@ -178,6 +178,19 @@ class Daemon:
             self._find_at = 0.0
             for pid, reason in reply["failed"].items():
                 self.say(f"process {pid} is still merged: {reason}")
+        self._set_across_nodes(session)
+
+    def _set_across_nodes(self, session: Session) -> None:
+        """Have `merge_across_nodes` obeyed; it stays as it was while something is merged, as with KSM."""
+        name, wanted = "merge_across_nodes", self.values["merge_across_nodes"]
+        self.values[name] = int(session.engine.options.merge_across_nodes)
+        try:
+            if session.merge_across_nodes(bool(wanted)):
+                self.values[name] = wanted
+            else:
+                self.say(f"{name} stays {self.values[name]} while something is merged")
+        except FeatureMissing as error:
+            self.say(str(error))
 
     def _watch(self, watcher: GuardClient) -> None:
         """Ask to be told when something is set or registered."""
@@ -213,7 +226,9 @@ class Daemon:
             self._find_at = 0.0
             self._interval = self._shortest()
             if session is not None:
-                session.engine.options = setup.options
+                across = session.engine.options.merge_across_nodes
+                session.engine.options = replace(setup.options, merge_across_nodes=across)
+                self._set_across_nodes(session)
             self.say("configuration read again")
 
     def _pause(self, seconds: float) -> None:

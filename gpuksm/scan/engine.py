@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from gpuksm import errors
 from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
 from gpuksm.hashing.protocol import Hasher
+from gpuksm.scan import nodes
 from gpuksm.scan.columns import I64
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.planner import Plan, make_plan
@@ -80,6 +81,7 @@ class Engine:
     def __init__(self, client: GuardClient, options: ScanOptions, progress: Progress) -> None:
         self.client = client
         self.options = options
+        self.by_node = nodes.wanted(options.merge_across_nodes)
         self.progress = progress
         self.targets: list[Target] = []
         self.pauses_us: list[int] = []
@@ -124,7 +126,7 @@ class Engine:
         """Attach to `wanted` and keep them as targets, with their error those that cannot be."""
         reply = self.ask_attach(wanted)
         checksum = reply.get("tracking", "write-tracking") == "checksum"
-        fresh = [_opened(item, checksum) for item in reply["targets"]]
+        fresh = [_opened(item, checksum, self.by_node) for item in reply["targets"]]
         self.targets += fresh
         self.pauses_us += [int(pause) for item in reply["targets"] for pause in item.get("pauses_us", ())]
         return fresh
@@ -157,9 +159,18 @@ class Engine:
         """The stable tree; fetched only when the store has changed."""
         reply, payload = self.client.request("slots", generation=self._generation)
         if reply["extents"] is not None:
-            self._stable = stable_tree(int(reply["extents"]), payload)
+            self._stable = stable_tree(int(reply["extents"]), payload, self.by_node)
             self._generation = int(reply["generation"])
         return self._stable
+
+    def merge_across_nodes(self, across: bool) -> None:
+        """Tell pages of different nodes apart from now on, or no longer; no digest is known any more."""
+        self.by_node = nodes.wanted(across)
+        self.options = replace(self.options, merge_across_nodes=across)
+        self._generation = None
+        for target in self.targets:
+            if target.tracker is not None:
+                target.tracker.tell_nodes_apart(self.by_node)
 
     def budgets(self, living: list[Target]) -> I64:
         """How many mappings each target may gain, as the guard says."""
@@ -201,7 +212,7 @@ class Engine:
             target.vmas = int(reply["vmas"].get(str(target.ident), target.vmas))
 
 
-def _opened(item: dict[str, Any], checksum: bool) -> Target:
+def _opened(item: dict[str, Any], checksum: bool, by_node: bool) -> Target:
     """A target as the guard's reply to `attach` describes it."""
     target = Target(
         pid=int(item["pid"]),
@@ -215,7 +226,8 @@ def _opened(item: dict[str, Any], checksum: bool) -> Target:
         target.error = f"{item['error']}: {item['message']}"
         return target
     try:
-        target.tracker = Tracker(target.pid, item["regions"], item.get("merged", ()), checksum=checksum)
+        merged = item.get("merged", ())
+        target.tracker = Tracker(target.pid, item["regions"], merged, checksum=checksum, by_node=by_node)
     except TargetGone:
         target.error = f"TargetGone: process {target.pid} has exited"
     return target

@@ -23,6 +23,7 @@ from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.hashing.sort import KERNELS as SORT_KERNELS
 from gpuksm.linux import procfs
+from gpuksm.scan import nodes
 from gpuksm.scan.columns import COLUMN_KERNELS, I64, PAGE_BYTES
 from gpuksm.scan.planner import Plan, make_plan
 from gpuksm.scan.runs import KERNELS as LAYOUT_KERNELS
@@ -56,6 +57,7 @@ def run(
 ) -> EstimateResult:
     """See `gpuksm.scan.run_estimate`."""
     began, cpu_began = time.monotonic(), time.process_time()
+    by_node = nodes.wanted(options.merge_across_nodes)
     subjects: list[_Subject] = []
     with ThreadPoolExecutor(1) as pool:
         # Loading the backend takes as long as looking the first targets up, which the lookout does meanwhile.
@@ -69,7 +71,7 @@ def run(
             procfs.resident_bytes(target.pid for target in targets),
         )
         try:
-            opened = _opened(targets, options, progress, subjects)
+            opened = _opened(targets, options, by_node, progress, subjects)
             with Lookout(opened, options.batch_pages) as lookout:
                 hasher, why = making.result()
                 pool.submit(_load_planner)
@@ -108,7 +110,11 @@ def _load_planner() -> None:
 
 
 def _opened(
-    targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress, subjects: list[_Subject]
+    targets: Sequence[TargetRequest],
+    options: ScanOptions,
+    by_node: bool,
+    progress: Progress,
+    subjects: list[_Subject],
 ) -> Iterator[Tracker]:
     """Look one target up after the other and append it to `subjects`; those that can be read."""
     for number, target in enumerate(targets):
@@ -121,7 +127,7 @@ def _opened(
                 found, subject.skipped = eligibility.regions(target.pid, target.ranges, tracked=True)
                 subject.budget = procfs.max_map_count() // 2 - len(procfs.maps(target.pid))
                 subject.resident = procfs.resident_size(target.pid)
-                subject.tracker = Tracker(target.pid, found, passive=True)
+                subject.tracker = Tracker(target.pid, found, passive=True, by_node=by_node)
         except (TargetGone, NotPermitted) as trouble:
             error = error or trouble
         subject.reason = error

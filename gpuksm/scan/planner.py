@@ -30,6 +30,7 @@ from gpuksm.hashing.sort import radix_sort
 from gpuksm.scan.columns import I64
 from gpuksm.scan.layout import lay_out
 from gpuksm.scan.lots import Decided, decide
+from gpuksm.scan.nodes import taken
 from gpuksm.scan.runs import Pages, Runs, cut_long, stretches_in
 from gpuksm.scan.trees import Contents, Sort, StableTree, join
 
@@ -100,4 +101,5 @@ def _take(pages: Pages, index: I64) -> Pages:
         pages.kind[index],
         joins,
         pages.watched[index],
+        taken(pages.node, index),
     )

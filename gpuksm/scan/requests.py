@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpuksm import wire
 from gpuksm.scan.columns import I64, U64, ranges_within
+from gpuksm.scan.nodes import apart, taken
 from gpuksm.scan.planner import Plan
 from gpuksm.scan.runs import Runs
 
@@ -34,7 +35,7 @@ PLAN_DTYPE = np.dtype(
         ("digest_at", "<u8"),
     ]
 )
-EXTENT_DTYPE = np.dtype([("slots", "<u4"), ("reserved", "<u4"), ("reserved2", "<u8")])
+EXTENT_DTYPE = np.dtype([("slots", "<u4"), ("node", "<u4"), ("reserved", "<u8")])
 assert PLAN_DTYPE.itemsize == wire.PLAN_RECORD.size
 assert EXTENT_DTYPE.itemsize == wire.EXTENT_RECORD.size
 
@@ -108,12 +109,19 @@ def _records(plan: Plan, runs: Runs, op: int) -> NDArray[np.void]:
     return records
 
 
+def _digests(plan: Plan, index: I64) -> U64:
+    """The digests of pages as the store is to remember them: the same on every node."""
+    return apart(plan.pages.digest[index], taken(plan.pages.node, index))
+
+
 def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
     """The request for lots first .. end-1, whose runs are `index`."""
     new = plan.lot_pages[first:end] > 0
     extent_of = np.cumsum(new) - 1
     extents = np.zeros(int(new.sum()), EXTENT_DTYPE)
     extents["slots"] = plan.lot_pages[first:end][new]
+    if len(plan.pages.node):
+        extents["node"] = plan.pages.node[plan.runs.first[plan.lot_filler[first:end][new]]]
 
     runs, lot = plan.runs.take(index), plan.lot[index] - first
     records = _records(plan, runs, wire.OP_MAP)
@@ -129,10 +137,10 @@ def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
     records["op"][fills] = wire.OP_FILL
     filled = runs.take(fills)
     at = np.repeat(filled.first, filled.pages) + ranges_within(filled.pages)
-    digests = plan.pages.digest[at]
+    digests = _digests(plan, at)
     records["digest_at"][fills] = np.cumsum(filled.pages) - filled.pages
     single = runs.pages == 1
-    records["digest"][single] = plan.pages.digest[runs.first[single]]
+    records["digest"][single] = _digests(plan, runs.first[single])
 
     copied = np.flatnonzero(replica)
     source = plan.runs.take(plan.lot_filler[first:end][copied])
@@ -140,7 +148,7 @@ def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
     replicas["flags"] = wire.FLAG_NEW_EXTENT
     replicas["pages"] = plan.lot_pages[first:end][copied]
     replicas["extent"] = extent_of[copied]
-    replicas["digest"] = plan.pages.digest[source.first]
+    replicas["digest"] = _digests(plan, source.first)
 
     # Fills first: what is mapped must have been filled.
     rest = records[~fills]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.scan.columns import I64, U64, ranges_within
+from gpuksm.scan.nodes import Nodes, no_nodes
 
 KERNELS = "gpuksm.scan._layout_kernels"  # for `gpuksm.hashing.compiled.library`
 
@@ -25,7 +26,9 @@ class Pages:
 
     target u4: index of the target; address u8; digest u8; kind u1; joins bool:
     the page follows its predecessor within one region; watched bool: right behind
-    it lies memory that is merged already, so a run may end there at no cost.
+    it lies memory that is merged already, so a run may end there at no cost; node u2: NUMA node + 1, 0 for
+    zeros, empty where nodes make no difference.  Where it is not, the digests of nodes differ
+    (`nodes.apart`), and no page joins one of another node.
     """
 
     target: NDArray[np.uint32]
@@ -34,6 +37,7 @@ class Pages:
     kind: NDArray[np.uint8]
     joins: NDArray[np.bool_]
     watched: NDArray[np.bool_]
+    node: Nodes = field(default_factory=no_nodes)
 
 
 @dataclass(frozen=True)

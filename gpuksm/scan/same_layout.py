@@ -18,6 +18,7 @@ from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
 from gpuksm.linux import procfs
 from gpuksm.scan.columns import PAGE_BYTES, U64
+from gpuksm.scan.nodes import apart, taken
 from gpuksm.scan.planner import Plan
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.tracker import Tracker
@@ -92,7 +93,8 @@ def same_layout_pages(
     living: list[Tracker], plan: Plan, hasher: Hasher, batch_pages: int, progress: Progress
 ) -> int:
     """Pages that nothing equals now, and that could be saved if layouts were the same."""
-    alone = _without_equal(plan.pages.digest, hasher) & (plan.pages.kind != KIND_ZERO)
+    pages = plan.pages
+    alone = _without_equal(pages.digest, hasher) & (pages.kind != KIND_ZERO)
     total = int(alone.sum())
     found: list[U64] = []
     done = 0
@@ -101,17 +103,18 @@ def same_layout_pages(
             areas = Areas(procfs.maps(tracker.pid))
         except (TargetGone, NotPermitted):
             continue
-        address = plan.pages.address[alone & (plan.pages.target == number)]
-        for at in range(0, len(address), batch_pages):
+        index = np.flatnonzero(alone & (pages.target == number))
+        for at in range(0, len(index), batch_pages):
             progress.update("same layout", done, total)
-            part = address[at : at + batch_pages]
-            part = part[_present(tracker, part)]
-            pages = LivePages([(tracker.pid, part)])
+            part = index[at : at + batch_pages]
+            part = part[_present(tracker, pages.address[part])]
+            source = LivePages([(tracker.pid, pages.address[part])])
             digests, kinds = np.zeros(len(part), np.uint64), np.zeros(len(part), np.uint8)
             try:
-                hasher.digest(RelocatedPages(pages, areas), digests, kinds)
+                hasher.digest(RelocatedPages(source, areas), digests, kinds)
             finally:
-                pages.close()
+                source.close()
+            digests = apart(digests, taken(pages.node, part))
             found.append(digests[kinds != KIND_UNREADABLE])
             done += len(part)
     digests = np.concatenate([np.empty(0, np.uint64), *found])

@@ -266,6 +266,18 @@ class Session:
         """Read `pages` at a time from now on."""
         self.engine.options = replace(self.engine.options, batch_pages=pages)
 
+    def merge_across_nodes(self, across: bool) -> bool:
+        """Merge pages of different nodes from now on, or no longer; False while something is merged.
+
+        FeatureMissing where pages cannot be told apart.
+        """
+        if self.engine.options.merge_across_nodes != across:
+            if int(self.client.request("hello")[0]["merged_pages"]):
+                return False
+            self.engine.merge_across_nodes(across)
+            self._note_contents(np.empty(0, np.uint64))
+        return True
+
     def counters(self) -> dict[str, int]:
         """What only grows; the guard is not asked."""
         targets = [follower.target for follower in self.followers.values()]

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.errors import TargetGone
-from gpuksm.hashing.protocol import KIND_UNREADABLE, Hasher
+from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
 from gpuksm.scan.columns import PAGE_BYTES, U64, windows_of
+from gpuksm.scan.nodes import Nodes, apart, no_nodes, parted
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.runs import Pages
 from gpuksm.scan.tracker import Tracker, user_key
@@ -132,6 +133,7 @@ def survey(
     addresses: list[tuple[int, U64]] = []
     digests: list[U64] = [np.empty(0, np.uint64)]
     kinds: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)]
+    nodes: list[Nodes] = [no_nodes()]
     scanned: Counter[int] = Counter()
     done = 0
     for batch in batches(lookout.windows(), batch_pages):
@@ -150,18 +152,28 @@ def survey(
             scanned[target] += len(address)
             digest[part] ^= user_key(tracker)
             readable = kind[part] != KIND_UNREADABLE
+            if tracker.by_node:
+                node = tracker.ask_nodes(address, kind[part])
+                digest[part] = apart(digest[part], node)
+                readable &= (node > 0) | (kind[part] == KIND_ZERO)
+                nodes.append(node[readable])
             whole = bool(readable.all())
             addresses.append((target, address if whole else address[readable]))
             digests.append(digest[part] if whole else digest[part][readable])
             kinds.append(kind[part] if whole else kind[part][readable])
         done += source.pages
     progress.update("hash", done, done)
-    pages = _columns(lookout.trackers, addresses, np.concatenate(digests), np.concatenate(kinds))
+    columns = np.concatenate(digests), np.concatenate(kinds), np.concatenate(nodes)
+    pages = _columns(lookout.trackers, addresses, *columns)
     return pages, [scanned[number] for number in range(len(lookout.trackers))]
 
 
 def _columns(
-    trackers: Sequence[Tracker], addresses: list[tuple[int, U64]], digest: U64, kind: NDArray[np.uint8]
+    trackers: Sequence[Tracker],
+    addresses: list[tuple[int, U64]],
+    digest: U64,
+    kind: NDArray[np.uint8],
+    node: Nodes,
 ) -> Pages:
     address = np.concatenate([np.empty(0, np.uint64), *(part for _, part in addresses)])
     owners = np.array([number for number, _ in addresses], np.uint32)
@@ -172,4 +184,5 @@ def _columns(
     for tracker, at, end in zip(trackers, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         joins[at : min(at + 1, end)] = False
         joins[at + tracker.map.starts_of(address[at:end])] = False
-    return Pages(target, address, digest, kind, joins, np.zeros(len(address), np.bool_))
+    watched = np.zeros(len(address), np.bool_)
+    return Pages(target, address, digest, kind, parted(joins, node), watched, node)

@@ -12,6 +12,7 @@ same digest, as in the original KSM; the guard then compares inside its freeze.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
-from gpuksm.hashing.protocol import KIND_UNREADABLE
+from gpuksm.hashing.protocol import KIND_NORMAL, KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, procfs
 from gpuksm.scan.columns import (
     COLUMN_KERNELS,
@@ -33,6 +35,7 @@ from gpuksm.scan.columns import (
     ranges_within,
     stretches_of,
 )
+from gpuksm.scan.nodes import Nodes, apart, no_nodes, nodes_of, parted, taken
 from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK, PRESENT_INVERTED, PRESENT_MASK, PageMap
 from gpuksm.scan.runs import Pages
 from gpuksm.scan.trees import StableTree
@@ -41,10 +44,11 @@ _FRESH_SECONDS = 0.02
 
 
 class Columns(NamedTuple):
-    """Pages of one target, ascending: address u8, digest u8, kind u1, known bool, calm bool.
+    """Pages of one target, ascending: address u8, digest u8, kind u1, known bool, calm bool, node u2.
 
     known: the digest holds; calm: the page was, when it was looked at last.  Pages that are not calm
-    keep their place, as most come back: what was written costs no copy of all columns.
+    keep their place, as most come back: what was written costs no copy of all columns.  node: empty
+    where nodes make no difference.
     """
 
     address: U64
@@ -52,9 +56,10 @@ class Columns(NamedTuple):
     kind: NDArray[np.uint8]
     known: NDArray[np.bool_]
     calm: NDArray[np.bool_]
+    node: Nodes = no_nodes()
 
 
-def columns_of(address: U64) -> Columns:
+def columns_of(address: U64, by_node: bool = False) -> Columns:
     """Columns of calm pages of which nothing is known."""
     count = len(address)
     return Columns(
@@ -63,6 +68,7 @@ def columns_of(address: U64) -> Columns:
         np.zeros(count, np.uint8),
         np.zeros(count, np.bool_),
         np.ones(count, np.bool_),
+        np.zeros(count, np.uint16) if by_node else no_nodes(),
     )
 
 
@@ -70,15 +76,17 @@ def empty_columns() -> Columns:
     return columns_of(np.empty(0, np.uint64))
 
 
-def carry_over(old: Columns, address: U64) -> Columns:
+def carry_over(old: Columns, address: U64, by_node: bool = False) -> Columns:
     """Columns for `address` with the digests that `old` knows of the same pages."""
-    new = columns_of(address)
+    new = columns_of(address, by_node)
     if len(old.address) and len(address):
         at = np.minimum(np.searchsorted(old.address, address), len(old.address) - 1)
         same = (old.address[at] == address) & old.known[at]
         new.digest[same] = old.digest[at[same]]
         new.kind[same] = old.kind[at[same]]
         new.known[same] = True
+        if by_node:
+            new.node[same] = old.node[at[same]]
     return new
 
 
@@ -86,7 +94,8 @@ class Tracker:
     """The pages of one target over the rounds of a scan.
 
     `columns` are the pages that were calm when they were looked at.  With
-    `passive` nobody attaches: every page that is present passes for calm.
+    `passive` nobody attaches: every page that is present passes for calm.  With `by_node` pages of
+    different NUMA nodes have different digests.
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class Tracker:
         *,
         checksum: bool = False,
         passive: bool = False,
+        by_node: bool = False,
     ) -> None:
         self.map = PageMap(pid, [])
         self.set_regions(regions, merged)
@@ -104,6 +114,7 @@ class Tracker:
         self.user = procfs.user(pid)
         self.columns = empty_columns()
         self.volatile = 0
+        self.by_node = by_node
         self._planned = np.empty(0, np.bool_)
         self._checksum = checksum
         self._unarmed = checksum or passive
@@ -135,13 +146,26 @@ class Tracker:
         if self._unarmed:
             address = self.map.present_exclusive()
             self._previous = self.columns
-            self.columns = carry_over(empty_columns(), address)
+            self.columns = columns_of(address, self.by_node)
             self.volatile = 0
             return
         began = time.monotonic()
         address = self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED))
-        self.columns = carry_over(self.columns, address)
+        self.columns = carry_over(self.columns, address, self.by_node)
+        if self.by_node:
+            self._drop_moved()
         self._looked = began
+
+    def _drop_moved(self) -> None:
+        """Pages that have moved to another node since they were asked for have no digest."""
+        known = np.flatnonzero(self.columns.known)
+        now = self.ask_nodes(self.columns.address[known], self.columns.kind[known])
+        self.columns.known[known[now != self.columns.node[known]]] = False
+
+    def tell_nodes_apart(self, by_node: bool) -> None:
+        """From now on pages of different nodes have different digests, or not; none is known any more."""
+        self.by_node = by_node
+        self.columns = columns_of(self.columns.address, by_node)._replace(calm=self.columns.calm)
 
     def keep_calm(self, index: I64) -> None:
         """Drop the digests of those pages of `index` that are not calm any more; TargetGone."""
@@ -170,8 +194,10 @@ class Tracker:
         """Forget the pages that are not calm any more; TargetGone."""
         keep = np.zeros(len(self.columns.address), np.bool_)
         keep[self.still_calm(np.flatnonzero(self.columns.calm))] = True
-        address, digest, kind, known, calm = self.columns
-        self.columns = Columns(address[keep], digest[keep], kind[keep], known[keep], calm[keep])
+        address, digest, kind, known, calm, node = self.columns
+        self.columns = Columns(
+            address[keep], digest[keep], kind[keep], known[keep], calm[keep], taken(node, keep)
+        )
 
     def look_at(self, low: U64, high: U64) -> None:
         """Find the pages in the stretches [low, high) that are calm now; TargetGone."""
@@ -184,13 +210,14 @@ class Tracker:
         here[here] = self.columns.address[at[here]] == address[here]
         self.columns.calm[at[here]] = True
         if not here.all():
-            at, (old, digest, kind, known, calm) = at[~here], self.columns
+            at, (old, digest, kind, known, calm, node) = at[~here], self.columns
             self.columns = Columns(
                 np.insert(old, at, address[~here]),
                 np.insert(digest, at, 0),
                 np.insert(kind, at, 0),
                 np.insert(known, at, False),
                 np.insert(calm, at, True),
+                np.insert(node, at, 0) if self.by_node else node,
             )
 
     def wanted(self, first: int = 0, end: int | None = None) -> I64:
@@ -216,9 +243,22 @@ class Tracker:
 
     def learn(self, index: I64, digest: U64, kind: NDArray[np.uint8]) -> None:
         """Enter what hashing the pages `index` gave."""
+        known = kind != KIND_UNREADABLE
+        if self.by_node:
+            node = self.ask_nodes(self.columns.address[index], kind)
+            self.columns.node[index] = node
+            digest, known = apart(digest, node), known & ((node > 0) | (kind == KIND_ZERO))
         self.columns.digest[index] = digest
         self.columns.kind[index] = kind
-        self.columns.known[index] = kind != KIND_UNREADABLE
+        self.columns.known[index] = known
+
+    def ask_nodes(self, address: U64, kind: NDArray[np.uint8]) -> Nodes:
+        """The node + 1 of each of these pages, 0 for those that are gone, and for zeros, which need none."""
+        node = np.zeros(len(address), np.uint16)
+        wanted = kind == KIND_NORMAL
+        with contextlib.suppress(TargetGone, NotPermitted):
+            node[wanted] = nodes_of(self.pid, address[wanted])
+        return node
 
     @property
     def unarmed(self) -> bool:
@@ -268,6 +308,7 @@ def gather(trackers: Sequence[Tracker], chosen: Sequence[I64] | None = None) -> 
     target, address = np.empty(total, np.uint32), np.empty(total, np.uint64)
     digest, kind = np.empty(total, np.uint64), np.empty(total, np.uint8)
     joins, watched = np.zeros(total, np.bool_), np.zeros(total, np.bool_)
+    node = np.zeros(total, np.uint16) if any(tracker.by_node for tracker in trackers) else no_nodes()
     at = 0
     for number, (tracker, index) in enumerate(zip(trackers, chosen, strict=True)):
         part = slice(at, at + len(index))
@@ -278,13 +319,15 @@ def gather(trackers: Sequence[Tracker], chosen: Sequence[I64] | None = None) -> 
         np.take(columns.kind, index, out=kind[part])
         np.take(columns.digest, index, out=digest[part])
         digest[part] ^= user_key(tracker)
+        if len(node):
+            np.take(columns.node, index, out=node[part])
         mine = address[part]
         if len(index):
             np.equal(mine[1:], mine[:-1] + np.uint64(PAGE_BYTES), out=joins[part][1:])
             joins[part][tracker.map.starts_of(mine)] = False
         if len(tracker.merged_low):
             watched[part] = inside(mine + np.uint64(PAGE_BYTES), tracker.merged_low, tracker.merged_high)
-    return Pages(target, address, digest, kind, joins, watched)
+    return Pages(target, address, digest, kind, parted(joins, node), watched, node)
 
 
 def user_key(tracker: Tracker) -> np.uint64:

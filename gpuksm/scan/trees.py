@@ -15,9 +15,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuksm import wire
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.sort import radix_sort
 from gpuksm.scan.columns import COLUMN_KERNELS, I64, U64, among, ranges_within
+from gpuksm.scan.nodes import apart
+
+SLOTS_DTYPE = np.dtype([("first", "<u8"), ("slots", "<u4"), ("node", "<u4")])
+assert SLOTS_DTYPE.itemsize == wire.SLOTS_RECORD.size
 
 Sort = Callable[[U64], tuple[U64, NDArray[np.uint32]]]
 
@@ -26,8 +31,8 @@ Sort = Callable[[U64], tuple[U64, NDArray[np.uint32]]]
 class StableTree:
     """The store's live slots in the order of their extents; all columns have one entry per slot.
 
-    slot u8: absolute slot; digest u8, 0 where none is remembered; last bool:
-    whether its extent ends here.
+    slot u8: absolute slot; digest u8, 0 where none is remembered (with `by_node` as
+    `nodes.apart` has them); last bool: whether its extent ends here.
     """
 
     slot: U64
@@ -44,18 +49,21 @@ class StableTree:
         return bool(among(self.ordered, digest).any())
 
 
-def stable_tree(reply_extents: int, payload: bytes | bytearray) -> StableTree:
-    """Decode the reply to `slots`: extents x (first slot, slots), then a digest per slot.
+def stable_tree(reply_extents: int, payload: bytes | bytearray, by_node: bool = False) -> StableTree:
+    """Decode the reply to `slots`: extents x (first slot, slots, node + 1), then a digest per slot.
 
-    Raises ValueError when lengths do not add up.
+    With `by_node` slots equal pages of their own node only; those that were filled without a node
+    equal none.  Raises ValueError when lengths do not add up.
     """
     words = np.frombuffer(payload, "<u8")
-    extents = words[: 2 * reply_extents].reshape(-1, 2)
+    extents = words[: 2 * reply_extents].view(SLOTS_DTYPE)
     digest = words[2 * reply_extents :].astype(np.uint64)
-    counts = extents[:, 1].astype(np.int64)
+    counts = extents["slots"].astype(np.int64)
     if len(extents) != reply_extents or (counts < 1).any() or int(counts.sum()) != len(digest):
         raise ValueError("the guard's reply to 'slots' is not consistent")
-    slot = np.repeat(extents[:, 0], counts).astype(np.uint64) + ranges_within(counts).astype(np.uint64)
+    if by_node:
+        digest = apart(digest, np.repeat(extents["node"], counts).astype(np.uint16))
+    slot = np.repeat(extents["first"], counts).astype(np.uint64) + ranges_within(counts).astype(np.uint64)
     last = np.zeros(len(digest), np.bool_)
     last[np.cumsum(counts) - 1] = True
     return StableTree(slot, digest, last)

@@ -21,7 +21,8 @@ class TargetRequest:
 class ScanOptions:
     """How to scan.
 
-    `threads` 0: one for each usable CPU; `device` None: the backend's choice; `gpu_memory` bytes per device.
+    `threads` 0: one for each usable CPU; `device` None: the backend's choice; `gpu_memory` bytes per device;
+    without `merge_across_nodes` only pages of one NUMA node are merged with each other.
     """
 
     batch_pages: int = 65536
@@ -35,6 +36,7 @@ class ScanOptions:
     allow_peer_writes: bool = False
     device: str | None = None
     gpu_memory: int | None = None
+    merge_across_nodes: bool = True
 
     @property
     def allowed(self) -> Allowed:

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gpuksm.guard import faults, journal
+from gpuksm.guard import faults, journal, snapshot
 from gpuksm.guard.journal import Journal, Record
+from gpuksm.guard.store import Store
 
 
 def test_replays_what_was_appended() -> None:
@@ -185,3 +188,19 @@ def test_a_senseless_size_keeps_no_guard_from_starting(text: str) -> None:
     env = {**os.environ, "GPUKSM_JOURNAL_BYTES": text}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=True)
     assert int(done.stdout) == (2048 if text == "2048" else 1 << 20)
+
+
+def test_what_is_told_anew_of_extents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their users, and the NUMA nodes of those that have one."""
+    log, store = _grown(monkeypatch), Store()
+    for start, user, node in ((512, 11, 3), (1 << 20, 11, 0), (1 << 21, 12, 1)):
+        store.adopt(start, 4, user, node)
+    registry = SimpleNamespace(entries=list)
+    guard: Any = SimpleNamespace(journal=log, store=store, targets={}, orphans=[], registry=registry)
+    snapshot.renew(guard)
+    assert not log.ledger_has_grown
+    successor = Store()
+    for record in _told(log):
+        if record.kind == journal.EXTENT:
+            successor.adopt(record.a, record.b, record.c, record.target)
+    assert successor.owners() == store.owners()

@@ -23,8 +23,10 @@ def record(
 
 
 def test_a_sound_plan() -> None:
-    slots, records, digests = plan._parse(1, 1, EXTENT + record() + bytes(64))
-    assert (slots, len(records), len(digests)) == ([8], 1, 64)
+    for node in (0, 1, 1024):
+        extent = wire.EXTENT_RECORD.pack(8, node, 0)
+        new, records, digests = plan._parse(1, 1, extent + record() + bytes(64))
+        assert (new, len(records), len(digests)) == ([(8, node)], 1, 64)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_a_sound_plan() -> None:
         (1, 1, EXTENT + record() + b"x"),
         (1, 1, wire.EXTENT_RECORD.pack(0, 0, 0) + record()),
         (1, 1, wire.EXTENT_RECORD.pack(2**32 - 1, 0, 0) + record()),
+        (1, 1, wire.EXTENT_RECORD.pack(8, 1025, 0) + record()),
         (1, 1, EXTENT + record(op=0)),
         (1, 1, EXTENT + record(op=5)),
         (1, 1, EXTENT + record(addr=4097)),
@@ -56,10 +59,10 @@ def test_refused(extents: int, records: int, payload: bytes) -> None:
 @given(st.binary(max_size=400), st.integers(-2, 5), st.integers(-2, 5))
 def test_garbage_is_refused_or_well_formed(payload: bytes, extents: int, records: int) -> None:
     try:
-        slots, items, _ = plan._parse(extents, records, payload)
+        new, items, _ = plan._parse(extents, records, payload)
     except (UsageError, struct.error):
         return
-    assert len(slots) == extents
+    assert len(new) == extents
     assert len(items) == records
 
 

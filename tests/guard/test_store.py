@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuksm.guard.store import Store, hole_behind
+from gpuksm.linux import numa, vm
 from gpuksm.linux._libc import PAGE_SIZE
+from tests.support.numa import DEFAULT, PREFERRED, nodes, policy
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=50))
@@ -100,3 +103,83 @@ def test_frees_exactly_what_is_not_mapped() -> None:
     assert store.used_bytes() == before - 604 * PAGE_SIZE
     # An offset is never handed out twice.
     assert store.allocate(4, 0) > b + 600
+
+
+needs_nodes = pytest.mark.skipif(not nodes(), reason="no NUMA nodes")
+
+
+def _policy_at(store: Store, slot: int) -> int:
+    with mmap.mmap(store.fd, PAGE_SIZE, offset=slot * PAGE_SIZE) as page:
+        return policy(vm.address_of(page))
+
+
+@needs_nodes
+def test_extents_with_a_node_and_no_others_have_its_policy() -> None:
+    """All of an extent, from the first byte of its first huge page on."""
+    store = Store()
+    node = min(nodes()) + 1
+    wanted = [(600, node), (3, 0), (5, node), (7, node), (700, 0), (1, node), (900, node)]
+    starts = [store.allocate(slots, 0, 77, of) for slots, of in wanted]
+    assert store.place(starts) == set()
+    for start, (slots, of) in zip(starts, wanted, strict=True):
+        expected = PREFERRED if of else DEFAULT
+        for slot in (start // 512 * 512, start, start + slots - 1, (start + slots - 1) // 512 * 512 + 511):
+            assert _policy_at(store, slot) == expected, (start, slots, slot)
+    assert [(start, slots, of) for start, slots, _, of in store.owners()] == [
+        (start, *each) for start, each in zip(starts, wanted, strict=True)
+    ]
+
+
+@needs_nodes
+def test_extents_close_together_take_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    node = min(nodes()) + 1
+    calls: list[tuple[int, int | None]] = []
+    real = numa.prefer
+
+    def prefer(fd: int, offset: int, length: int, to: int | None) -> None:
+        calls.append((length, to))
+        real(fd, offset, length, to)
+
+    monkeypatch.setattr(numa, "prefer", prefer)
+    store.place([store.allocate(2, 0, 0, 0) for _ in range(100)])
+    assert calls == [], "no node, no call"
+    store.place([store.allocate(2, 0, 0, node) for _ in range(300)])
+    assert len(calls) <= 6
+    assert all(length < 1 << 37 for length, _ in calls)
+
+
+@needs_nodes
+def test_a_node_that_cannot_be_had_is_told_of_its_extents_alone() -> None:
+    store = Store()
+    node, missing = min(nodes()) + 1, max(nodes()) + 2
+    starts = [store.allocate(2, 0, 0, of) for of in (node, missing, missing, 0, node)]
+    assert store.place(starts) == {starts[1], starts[2]}
+    assert [_policy_at(store, start) for start in starts] == [PREFERRED, DEFAULT, DEFAULT, DEFAULT, PREFERRED]
+
+
+@needs_nodes
+def test_what_is_freed_has_no_policy_any_more() -> None:
+    """The kernel would keep some 340 bytes for each."""
+    store = Store()
+    node = min(nodes()) + 1
+    starts = [store.allocate(2, 0, 0, node) for _ in range(6)]
+    starts += [store.allocate(2, 0, 0, 0), store.allocate(2, 0, 0, node)]
+    store.place(starts)
+    kept = [starts[0], starts[3]]
+    store.free([(start, start + 2) for start in kept])
+    for start in starts:
+        assert _policy_at(store, start) == (PREFERRED if start in kept else DEFAULT)
+    assert _policy_at(store, starts[3] // 512 * 512 - 1) == DEFAULT, "the hole in front of one that is kept"
+    store.free([])
+    for start in starts:
+        assert _policy_at(store, start) == _policy_at(store, start + 600) == DEFAULT
+    assert store.owners() == []
+
+
+def test_nodes_stay_with_their_extents_when_others_are_freed() -> None:
+    store = Store()
+    for start, node in ((512, 3), (1 << 20, 0), (1 << 21, 7)):
+        store.adopt(start, 4, 11, node)
+    store.free([(512, 513), (1 << 21, (1 << 21) + 1)])
+    assert store.owners() == [(512, 4, 11, 3), (1 << 21, 4, 11, 7)]

@@ -6,7 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from tests import requirements_env
+from tests.support import numa
 from tests.support.groups import memory_group
 from tests.support.merging import perform_all
 from tests.support.victims import Victim
@@ -20,10 +23,12 @@ def _three(world: World, keys: Sequence[int], wrapper: Sequence[str] = ()) -> li
     return [world.victim("ksm", PAGES, key, wrapper=wrapper) for key in keys]
 
 
-def _settled(world: World, victims: Sequence[Victim], contents: int) -> dict[str, Any]:
+def _settled(
+    world: World, victims: Sequence[Victim], contents: int, options: Sequence[object] = ()
+) -> dict[str, Any]:
     """Scan until nothing new is merged, then hold the counters to what is known of the content."""
-    world.scan(*victims)
-    result = world.scan(*victims)
+    world.scan(*victims, options=options)
+    result = world.scan(*victims, options=options)
     perform_all(victims, "verify")
     merged = sum(victim.merged_pages("memory") for victim in victims)
     assert merged >= len(victims) * (PAGES - 2), result
@@ -85,10 +90,20 @@ def test_ksm05_a_process_dies_while_it_is_merged(world: World) -> None:
 
 
 def test_ksm06_pages_of_all_nodes_are_merged(world: World) -> None:
-    """There is no merge_across_nodes=0: a content is kept once (in parts of a stretch), wherever it lies."""
+    """merge_across_nodes=1: a content is kept once (in parts of a stretch), wherever it lies."""
     victims = _three(world, [A, A, A])
     result = _settled(world, victims, 1)
     assert result["pages_shared"] < 3 * PAGES // 2
+
+
+def test_ksm06_pages_of_one_node_are_merged(world: World) -> None:
+    """merge_across_nodes=0: with a single node that is all of them."""
+    if len(numa.nodes()) != 1:
+        pytest.skip("with several nodes, where processes lie is the kernel's choice")
+    victims = _three(world, [A, A, A])
+    result = _settled(world, victims, 1, ["--no-merge-across-nodes"])
+    assert result["pages_shared"] < 3 * PAGES // 2
+    assert {node for _, _, node in numa.extents(world)} == {min(numa.nodes()) + 1}
 
 
 def test_zero_pages_are_given_back(world: World) -> None:

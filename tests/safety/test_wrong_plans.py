@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gpuksm import wire
+from tests.support import numa
 from tests.support.scanner import Scanner
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -194,3 +195,34 @@ def test_a_registration_of_another_users_process_is_refused(user_world: World) -
     user_world.scan(*victims)
     client = user_world.python(_REGISTERING, user_world.folder / "guard.sock", os.getpid())
     assert client.values["error"] == "NotPermitted"
+
+
+@pytest.mark.parametrize("node", [1025, 1 << 16, (1 << 32) - 1])
+def test_a_numa_node_that_no_kernel_has_is_malformed(
+    world: World, victims: list[Victim], scanner: Scanner, node: int
+) -> None:
+    at = victims[0].area("shared")[0]
+    record = (FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)
+    before = numa.extents(world)
+    reply = scanner.commit([PAGES], [record], digests=PAGES, node=node)
+    assert reply["error"] == "UsageError"
+    assert "malformed plan" in reply["message"]
+    assert numa.extents(world) == before
+
+
+def test_memory_is_not_filled_from_a_numa_node_that_is_not_there(
+    world: World, victims: list[Victim], scanner: Scanner
+) -> None:
+    """A cpuset may keep the guard from a node, too: what cannot lie there stays as it is, and is told."""
+    if not numa.nodes():
+        pytest.skip("no NUMA nodes")
+    at = victims[0].area("shared")[0]
+    record = (FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)
+    reply = scanner.commit([PAGES], [record], digests=PAGES, node=max(numa.nodes()) + 2)
+    assert reply["skipped"] == {"numa-node": PAGES}
+    assert victims[0].merged_pages("shared") == 0
+    reply = scanner.commit([PAGES], [record], digests=PAGES, node=min(numa.nodes()) + 1)
+    assert reply["mapped_pages"] >= PAGES - 1, reply
+    assert numa.store_policies(victims[0].pid) == {f"prefer:{min(numa.nodes())}"}
+    for victim in victims:
+        victim.verify()

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuksm import wire
 from gpuksm.hashing.protocol import KIND_NORMAL, KIND_ZERO
+from gpuksm.scan.nodes import apart, no_nodes, parted
 from gpuksm.scan.planner import make_plan
 from gpuksm.scan.requests import EXTENT_DTYPE, PLAN_DTYPE, requests
 from gpuksm.scan.runs import Pages
@@ -24,15 +25,20 @@ def digest_of(content):
 
 
 class ModelGuard:
-    """`processes`: for each target its regions, each a list of contents."""
+    """`processes`: for each target its regions, each a list of contents.
 
-    def __init__(self, processes):
+    `node_of(target, page)` tells the NUMA node of the page with that number in its target; without it
+    nodes make no difference.  Merging over nodes is an error then, whatever is equal.
+    """
+
+    def __init__(self, processes, node_of=None):
+        self.node_of = node_of
         self.memory = []  # per target {address: content} of pages that are still its own
         self.region_starts = []
         self.merged = []  # per target {address: slot}
         self.zeroed = []
         self.store = {}
-        self.extents = []  # (first slot, slots)
+        self.extents = []  # (first slot, slots, node + 1 or 0)
         self.next_slot = 7
         for regions in processes:
             self.add(regions)
@@ -50,6 +56,10 @@ class ModelGuard:
         self.merged.append({})
         self.zeroed.append(set())
 
+    def node(self, target, address):
+        """Node + 1, as plans have it."""
+        return self.node_of(target, (address - 0x10000) // PAGE) + 1 if self.node_of else 0
+
     def pages(self):
         rows = []
         for target, memory in enumerate(self.memory):
@@ -59,21 +69,25 @@ class ModelGuard:
                 rows.append((target, address, memory[address], joins))
                 before = address
         content = np.array([row[2] for row in rows], object)
+        node = no_nodes()
+        if self.node_of:
+            node = np.array([self.node(*row[:2]) if row[2] else 0 for row in rows], np.uint16)
         return Pages(
             np.array([row[0] for row in rows], np.uint32),
             np.array([row[1] for row in rows], np.uint64),
-            np.array([digest_of(c) for c in content], np.uint64),
+            apart(np.array([digest_of(c) for c in content], np.uint64), node),
             np.array([KIND_ZERO if c == 0 else KIND_NORMAL for c in content], np.uint8),
-            np.array([row[3] for row in rows], np.bool_),
+            parted(np.array([row[3] for row in rows], np.bool_), node),
             np.zeros(len(rows), np.bool_),
+            node,
         )
 
     def slots(self):
-        words = [word for extent in self.extents for word in extent]
+        words = [word for first, count, node in self.extents for word in (first, count | node << 32)]
         words += [
-            digest_of(self.store[s]) for first, count in self.extents for s in range(first, first + count)
+            digest_of(self.store[s]) for first, count, _ in self.extents for s in range(first, first + count)
         ]
-        return stable_tree(len(self.extents), np.array(words, "<u8").tobytes())
+        return stable_tree(len(self.extents), np.array(words, "<u8").tobytes(), self.node_of is not None)
 
     def round(self, budget=1000):
         """Plan and commit one round; returns the plan."""
@@ -93,9 +107,10 @@ class ModelGuard:
         records = np.frombuffer(rest[: size * PLAN_DTYPE.itemsize], PLAN_DTYPE)
         digests = np.frombuffer(rest[size * PLAN_DTYPE.itemsize :], "<u8")
         new = []
-        for slots in extents["slots"].tolist():
+        for slots, node, _ in extents.tolist():
             assert slots > 0
-            new.append((self.next_slot, slots))
+            assert (node > 0) == (self.node_of is not None)
+            new.append((self.next_slot, slots, node))
             self.next_slot += slots + 3
         self.extents += new
         mapping = False
@@ -109,7 +124,7 @@ class ModelGuard:
             if place + PAGE not in self.merged[target] or place + PAGE in self.region_starts[target]:
                 del self.merged[target][place]
                 self.memory[target][place] = content
-        for first, slots in new:
+        for first, slots, _ in new:
             assert all(slot in self.store for slot in range(first, first + slots)), "a slot nobody filled"
 
     @staticmethod
@@ -132,12 +147,14 @@ class ModelGuard:
             self.zeroed[target].update(places)
             return
         if record["flags"] & wire.FLAG_NEW_EXTENT:
-            first, slots = new[int(record["extent"])]
+            first, slots, node = new[int(record["extent"])]
             slot = first + int(record["slot"])
         else:
             slot = int(record["slot"])
-            first, slots = next(e for e in self.extents if e[0] <= slot < e[0] + e[1])
+            first, slots, node = next(e for e in self.extents if e[0] <= slot < e[0] + e[1])
         assert slot + pages <= first + slots, "a run over the end of its extent"
+        if self.node_of:
+            assert all(self.node(target, place) == node for place in places), "pages of another node"
         if op == wire.OP_FILL_REPLICA:
             assert int(record["digest"]) == digest_of(memory[address])
             self.store.update((slot + i, memory[address]) for i in range(pages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -34,6 +35,15 @@ def processes(draw):
         lambda parts: list(itertools.chain(*parts))
     )
     return draw(st.lists(st.lists(region, min_size=1, max_size=3), min_size=1, max_size=4))
+
+
+def interleaved(seed, nodes):
+    """Nodes as a process gets them: stretches of a few pages here, then there."""
+
+    def node_of(target, page):
+        return random.Random(f"{seed} {target} {page // (1 + seed % 5)}").randrange(nodes)
+
+    return node_of
 
 
 def runs_of(plan, target):
@@ -167,3 +177,78 @@ def test_pages_of_one_process_count_too():
     guard = ModelGuard([[[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]])
     guard.round()
     assert guard.saved() == 6
+
+
+@settings(deadline=None, max_examples=200)
+@given(processes(), processes(), st.integers(0, 50), st.integers(1, 4), st.sampled_from([0, 5, 1000]))
+def test_no_page_is_merged_with_one_of_another_node(some, others, seed, nodes, budget):
+    guard = ModelGuard(some, interleaved(seed, nodes))
+    guard.round(budget)
+    saved = guard.saved()
+    assert saved >= 0
+    zeros = sum(region.count(0) for regions in some for region in regions)
+    assert sum(len(zeroed) for zeroed in guard.zeroed) == zeros, "zeros need no node"
+    for regions in others:
+        guard.add(regions)
+    guard.round(budget)
+    assert guard.saved() >= saved
+
+
+@settings(deadline=None, max_examples=100)
+@given(processes(), st.integers(0, 3))
+def test_a_single_node_changes_nothing(some, node):
+    across, apart = ModelGuard(some), ModelGuard(some, lambda target, page: node)
+    for guard in (across, apart):
+        guard.round()
+        guard.round()
+    assert apart.mapped() == across.mapped()
+    assert len(apart.store) == len(across.store)
+
+
+def test_equal_processes_meet_on_their_own_nodes():
+    data = list(range(1, 501))
+    guard = ModelGuard([[data]] * 4, lambda target, page: target % 2)
+    plan = guard.round()
+    assert guard.mapped() == [500] * 4
+    assert len(guard.store) == 2 * 500
+    assert [runs_of(plan, target) for target in range(4)] == [1] * 4
+    guard.add([data])  # on node 0, with the first and the third
+    guard.round()
+    assert guard.mapped() == [500] * 5
+    assert len(guard.store) == 2 * 500
+
+
+def test_one_alone_on_its_node_is_left_as_it_is():
+    data = list(range(1, 501))
+    guard = ModelGuard([[data]] * 3, lambda target, page: target // 2)
+    plan = guard.round()
+    assert guard.mapped() == [500, 500, 0]
+    assert plan.unshared.tolist() == [0, 0, 500]
+
+
+def test_constant_memory_has_a_replica_on_each_node():
+    guard = ModelGuard([[[5] * 2000], [[5] * 2000]], lambda target, page: page // 1000)
+    guard.round()
+    assert guard.mapped() == [2000, 2000]
+    assert sorted({node for _, _, node in guard.extents}) == [1, 2]
+
+
+def test_slots_without_a_node_equal_no_page_that_has_one_and_those_with_one_all_that_have_none():
+    data = list(range(1, 101))
+    guard = ModelGuard([[data]] * 2)
+    guard.round()
+    guard.node_of = lambda target, page: 1
+    guard.add([data])
+    guard.round()
+    assert guard.mapped() == [100, 100, 0]
+    guard.add([data])
+    guard.round()
+    assert guard.mapped() == [100, 100, 100, 100]
+    assert len(guard.store) == 200
+    only = ModelGuard([[data]] * 2, lambda target, page: 1)
+    only.round()
+    only.node_of = None
+    only.add([data])
+    only.round()
+    assert only.mapped() == [100, 100, 100]
+    assert len(only.store) == 100

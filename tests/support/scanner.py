@@ -32,9 +32,14 @@ class Scanner:
         wire.send(self._socket, {"op": op, **fields}, payload)
         return wire.receive(self._socket)[0]
 
-    def commit(self, extents: list[int], plan: list[tuple[int, ...]], digests: int = 0) -> dict[str, Any]:
-        """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, digest_at)."""
-        payload = b"".join(wire.EXTENT_RECORD.pack(slots, 0, 0) for slots in extents)
+    def commit(
+        self, extents: list[int], plan: list[tuple[int, ...]], digests: int = 0, node: int = 0
+    ) -> dict[str, Any]:
+        """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, digest_at).
+
+        `node`: the NUMA node + 1 of all extents.
+        """
+        payload = b"".join(wire.EXTENT_RECORD.pack(slots, node, 0) for slots in extents)
         payload += b"".join(wire.PLAN_RECORD.pack(*record) for record in plan) + bytes(8 * digests)
         return self.ask("commit", payload, extents=len(extents), records=len(plan), max_pause_us=5000)
 
