@@ -81,8 +81,9 @@ def main() -> None:
     if "store" not in inherited:
         _look_for_agents(folder, keeping, inherited)
     guard = _guard(folder, keeping, inherited)
-    # A collection pause inside a freeze would be a pause of the target.
+    # A collection pause inside a freeze would be a pause of the target: the main loop collects.
     gc.freeze()
+    gc.disable()
     Server(guard, listener, keeping).run()
     keeping.end()
     os._exit(0)

@@ -7,6 +7,7 @@ a slow one is buffered; neither can keep events from being served.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import select
@@ -33,6 +34,7 @@ _IDLE_SECONDS = 3.0
 _TICK_MS = 500
 _BUSY_TICK_MS = 10
 _HOUSEKEEPING_SECONDS = 0.02  # may wait so long while threads stop and go on
+_COLLECT_SECONDS = 300
 _MAX_CLIENTS = 64
 
 Reply = tuple[dict[str, Any], bytes]
@@ -98,7 +100,7 @@ class Server:
         self.exchange = Exchange()
         self.stopping = False
         self._told_to_end = False
-        self._idle_since = time.monotonic()
+        self._idle_since = self._collected = time.monotonic()
         # A socket pair, no pipe: the guard holds no end of anybody's pipe, and can be seen not to.
         self._wake, self._wake_write = socket.socketpair()
         self._wake.setblocking(False)
@@ -137,6 +139,7 @@ class Server:
             self._drop_ended(ready)
             self.guard.tick()
             snapshot.renew(self.guard)
+            self._collect_garbage()
             self._tend_keeper(ready)
             if self._told_to_end:
                 self._end()
@@ -177,6 +180,12 @@ class Server:
             else:
                 waiting = True
         return {fd for fd, _ in poll.poll(_BUSY_TICK_MS if waiting else _TICK_MS)}
+
+    def _collect_garbage(self) -> None:
+        """Now and then, and nowhere else: nothing is frozen here, and there is hardly any."""
+        if time.monotonic() > self._collected + _COLLECT_SECONDS:
+            gc.collect()
+            self._collected = time.monotonic()
 
     def _tend_keeper(self, ready: set[int]) -> None:
         """Nothing is frozen here, and no agent has anything to do unless its target is parked."""
