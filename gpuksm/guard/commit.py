@@ -25,14 +25,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from gpuksm.guard import arch, faults
+from gpuksm.guard import faults
 from gpuksm.guard.agent import Table
+from gpuksm.guard.batch import Batch
 from gpuksm.guard.journal import BORDER, MAP, Journal
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fill_hole, restore_piece
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
-from gpuksm.guard.target import MADV_DONTNEED, PROT_EXEC, Target, protection
+from gpuksm.guard.target import PROT_EXEC, Target, protection
 from gpuksm.guard.verify import Piece
 from gpuksm.linux import census, pagemap, procfs
 from gpuksm.linux._libc import PAGE_SIZE
@@ -40,7 +42,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
 _NOT = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_FILE | pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
 _MAX_SLICE_PIECES = 900
-_GROUP = 64  # runs that are watched by one entry at most: the agent is not stopped within
+_WORTH_PREPARING = 8  # pieces
 _ENTRY_WEIGHT, _PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; `Pace` corrects them
 
 
@@ -94,6 +96,14 @@ class Outcome:
         else:
             self.mapped_pages += pages
         self.runs += 1
+
+
+class _Prepared(NamedTuple):
+    """A table made before the freeze, the mapping that it is for, and pieces with who is behind them."""
+
+    batch: Batch
+    vma: procfs.VmaQuery
+    ends: list[tuple[Piece, Piece | None]]
 
 
 @dataclass
@@ -156,11 +166,16 @@ class Committer:
 
     def _commit_slice(self, target: Target, pieces: list[Piece], following: Piece | None) -> None:
         weight = _ENTRY_WEIGHT * len(pieces) + _PAGE_WEIGHT * sum(piece.pages for piece in pieces)
+        prepared = self._prepared(target, pieces, following)
         started = time.monotonic_ns()
         with self.frozen(target):
-            valid = self._validated(target, pieces)
-            faults.point("commit-validated")
-            self._map(target, valid, following)
+            if prepared is not None and self._holds(target, pieces, prepared):
+                faults.point("commit-validated")
+                self._perform(target, prepared.batch)
+            else:
+                valid = self._validated(target, pieces)
+                faults.point("commit-validated")
+                self._map(target, valid, following)
             faults.point("commit-mapped")
         pause_us = (time.monotonic_ns() - started) // 1000
         self.pace.learn(weight, pause_us)
@@ -168,23 +183,67 @@ class Committer:
         target.pauses_us.append(pause_us)
         faults.point("commit-thawed")
 
+    def _prepared(self, target: Target, pieces: list[Piece], following: Piece | None) -> _Prepared | None:
+        """What maps `pieces` if all prove valid and lie in one plain mapping; None where it takes more.
+
+        Nothing of it is relied on: it is what need not be done while the target stands still.
+        """
+        start, end = pieces[0].addr, pieces[-1].end
+        vma = target.query(start)
+        if len(pieces) < _WORTH_PREPARING or vma is None or not self._is_plain(target, start, end, vma):
+            return None
+        batch, prot, ends = Batch(target), protection(vma), []
+        for index, piece in enumerate(pieces):
+            behind = pieces[index + 1] if index + 1 < len(pieces) else following
+            if piece.slot is None or not batch.room():
+                return None
+            if behind is None or behind.addr != piece.end:
+                ends.append((piece, behind))
+                if self._needs_border(target, piece, behind):
+                    return None
+            elif behind.slot is None:
+                return None
+            batch.add_run(piece, prot, merged=False)
+        batch.close()
+        faults.point("prepared")
+        return _Prepared(batch, vma, ends)
+
+    def _is_plain(self, target: Target, start: int, end: int, vma: procfs.VmaQuery | None) -> bool:
+        """Whether [start, end) is anonymous memory in one mapping, of which nothing else is known."""
+        whole = Piece(0, start, (end - start) // PAGE_SIZE, None)
+        return vma is not None and end <= vma.end and self._refusal(target, whole, vma) is None
+
     # -- inside the freeze -------------------------------------------------------
+
+    def _holds(self, target: Target, pieces: list[Piece], prepared: _Prepared) -> bool:
+        """Whether all that was prepared is what is to be done; all of it is looked at again."""
+        start, end = pieces[0].addr, pieces[-1].end
+        vma = target.query(start)
+        if vma is None or not self._is_plain(target, start, end, vma):
+            return False
+        if protection(vma) != protection(prepared.vma) or self._locked_anew(target):
+            return False
+        if any(self._needs_border(target, piece, behind) for piece, behind in prepared.ends):
+            return False
+        return _intersect(pieces, self._calm(target, start, end)) == pieces
+
+    def _locked_anew(self, target: Target) -> bool:
+        """What is locked must stay so, and which it is takes too long to ask in a freeze."""
+        return procfs.locked_kib(target.pid) != target.known_locked_kib
+
+    def _calm(self, target: Target, start: int, end: int) -> list[tuple[int, int]]:
+        """Ranges in [start, end) of pages that may be replaced, by what the kernel says of each."""
+        calm = pagemap.scan(
+            target.pagemap, start, end, inverted=_NOT, mask=_CALM | _NOT, ret=pagemap.PAGE_IS_PRESENT
+        )
+        return [(low, high) for low, high, _ in calm]
 
     def _validated(self, target: Target, pieces: list[Piece]) -> list[tuple[Piece, int]]:
         """The parts of `pieces` that may be replaced now, each with its protection."""
-        if procfs.locked_kib(target.pid) != target.known_locked_kib:
-            # What is locked must stay so, and which it is takes too long to ask in a freeze.
+        if self._locked_anew(target):
             self.outcome.skip("locked", sum(piece.pages for piece in pieces))
             return []
-        calm = pagemap.scan(
-            target.pagemap,
-            pieces[0].addr,
-            max(piece.end for piece in pieces),
-            inverted=_NOT,
-            mask=_CALM | _NOT,
-            ret=pagemap.PAGE_IS_PRESENT,
-        )
-        parts = list(_intersect(pieces, [(start, end) for start, end, _ in calm]))
+        parts = _intersect(pieces, self._calm(target, pieces[0].addr, pieces[-1].end))
         self.outcome.skip("written", sum(p.pages for p in pieces) - sum(p.pages for p in parts))
         valid: list[tuple[Piece, int]] = []
         vma: procfs.VmaQuery | None = None
@@ -231,11 +290,11 @@ class Committer:
         return merged[0].slot * PAGE_SIZE - vma.offset == merged[0].start - vma.start
 
     def _map(self, target: Target, valid: list[tuple[Piece, int]], following: Piece | None) -> None:
-        batch = _Batch(target)
+        batch = Batch(target)
         for index, (piece, prot) in enumerate(valid):
             if not batch.room():
                 self._perform(target, batch)
-                batch = _Batch(target)
+                batch = Batch(target)
             if piece.slot is None:
                 batch.add_zeros(piece)
                 continue
@@ -259,7 +318,7 @@ class Committer:
             return False
         return not target.is_watched_behind(piece.end)
 
-    def _with_border(self, batch: _Batch, piece: Piece, merged: bool) -> Piece:
+    def _with_border(self, batch: Batch, piece: Piece, merged: bool) -> Piece:
         """`piece` without its last page, which becomes a border page."""
         self.outcome.skip("border-page", 1)
         if not merged:
@@ -270,7 +329,7 @@ class Committer:
         # What is merged keeps its last page in the run that it is in, which is watched and ends well.
         return piece._replace(pages=piece.pages - 1)
 
-    def _perform(self, target: Target, batch: _Batch) -> None:
+    def _perform(self, target: Target, batch: Batch) -> None:
         batch.close()
         runs = [Run(p.addr, p.end, p.slot) for p, _, _ in batch.runs if p.slot is not None]
         before = {
@@ -326,67 +385,6 @@ class Committer:
         except RestoreFailed:
             # Stays merged and right; without events only a later MADV_DONTNEED would show old bytes.
             self.outcome.skip("unwatched", piece.pages)
-
-
-class _Batch:
-    """What the agent is to do in one go.
-
-    Runs that lie behind each other are mapped one by one, each only while we are there, and
-    what was mapped is then watched by one entry, whatever has become of us.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.table = Table()
-        self.runs: list[tuple[Piece, int, int]] = []  # with protection, and index of the mmap
-        self.watched: list[int] = []  # for each of them the index of the entry that watches it
-        self.zeros: list[tuple[Piece, int]] = []
-        self.merged: set[int] = set()  # addresses of those that replace merged memory
-        self._first = 0  # of `runs`: where the open group begins
-
-    def room(self) -> bool:
-        """Whether a run with a border page still fits, and what closes the group."""
-        return self.table.room(8, 192)
-
-    def add_zeros(self, piece: Piece) -> None:
-        """Give the pages of `piece` back."""
-        self.close()
-        size = piece.pages * PAGE_SIZE
-        self.zeros.append((piece, self.table.add(arch.current().NR.MADVISE, piece.addr, size, MADV_DONTNEED)))
-
-    def add_border(self, page: int) -> None:
-        """Watch the private page at `page`."""
-        self.close()
-        self.target.add_border(self.table, page)
-
-    def add_run(self, piece: Piece, prot: int, merged: bool) -> None:
-        """Map the slots of `piece` over it; what is `merged` there already is unwatched first."""
-        group = self.runs[self._first :]
-        joins = bool(group) and group[-1][0].end == piece.addr and len(group) < _GROUP and not merged
-        if not joins:
-            self.close()
-        index = self.target.add_map_store(
-            self.table,
-            piece.addr,
-            piece.pages * PAGE_SIZE,
-            prot,
-            piece.slot or 0,
-            merged=merged,
-            joins=joins,
-        )
-        self.runs.append((piece, prot, index))
-        if merged:
-            self.merged.add(piece.addr)
-            self.close()
-
-    def close(self) -> None:
-        """Watch what was mapped since the last time."""
-        count = len(self.runs) - self._first
-        if count:
-            start, end = self.runs[self._first][0].addr, self.runs[-1][0].end
-            index = self.target.add_register(self.table, start, end - start)
-            self.watched += [index] * count
-            self._first += count
 
 
 def put_back(target: Target, store: Store, piece: Piece, prot: int) -> None:

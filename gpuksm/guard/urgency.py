@@ -2,11 +2,12 @@
 
 A scan and its guard run below the priority of jobs.  But while a target is frozen, every moment in
 which guard or agent wait for a processor is part of the pause, and most of it where jobs keep all
-processors busy.  So both have the lowest real-time priority for as long as a freeze lasts, where
-that is allowed (root).
+processors busy.  So both have a real-time priority, among the lowest, for as long as a freeze
+lasts, where that is allowed (root).
 
 What must hold: the agent gets its own policy back when the target goes on; where its process limits the
-time at such a priority (RLIMIT_RTTIME, by SIGXCPU) it keeps its own.
+time at such a priority (RLIMIT_RTTIME, by SIGXCPU) it keeps its own.  Ours is above the agent's, whose
+code is in its process's hands: one that runs on and on is put back when our patience ends.
 
 If we die: the agent keeps the priority until our successor sends it away, asleep.
 """
@@ -24,7 +25,7 @@ from gpuksm.linux import procfs
 
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 1e-5, 1e-3
 _POLICY = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
-_LOWEST = os.sched_param(1)
+_OURS, _THEIRS = os.sched_param(2), os.sched_param(1)
 _USUAL = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 _allowed = True
 _urgent = False
@@ -96,9 +97,9 @@ def _raise(tid: int) -> int | None:
         before = os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK
         if before not in _USUAL:
             return None
-        os.sched_setscheduler(tid, _POLICY, _LOWEST)
+        os.sched_setscheduler(tid, _POLICY, _THEIRS if tid else _OURS)
     except PermissionError:
-        _allowed = False  # and does not come to be
+        _allowed = tid != 0  # what we may not do now we never may
         return None
     except OSError:
         return None

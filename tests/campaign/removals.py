@@ -57,11 +57,22 @@ REMOVALS = (
         "gpuksm/guard/commit.py",
         (
             (
-                "        parts = list(_intersect(pieces, [(start, end) for start, end, _ in calm]))\n",
-                "        parts = list(pieces)\n",
+                "        return [(low, high) for low, high, _ in calm]\n",
+                "        return [(start, end)]\n",
             ),
         ),
         "tests/safety/test_wrong_plans.py::test_pages_written_between_arm_and_commit_stay",
+    ),
+    Removal(
+        "another look at what was prepared",
+        "gpuksm/guard/commit.py",
+        (
+            (
+                "        return _intersect(pieces, self._calm(target, start, end)) == pieces\n",
+                "        return True\n",
+            ),
+        ),
+        "tests/safety/test_prepared.py",
     ),
     Removal(
         "claim words",

@@ -1,0 +1,107 @@
+"""What is prepared before a freeze for short runs is looked at again inside of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuksm import wire
+from tests.support import processes, standstill
+from tests.support.scanner import Scanner
+from tests.support.scripts import LIBC
+from tests.support.victims import Victim
+from tests.support.world import World
+
+PAGES = 24
+
+# `write PAGE KEY`, `protect PAGE COUNT PROT`, `fresh PAGE COUNT` (other zeros there), `lock PAGE COUNT`.
+_SCRIPT = (
+    LIBC
+    + """
+import sys
+PAGES, backwards = 24, sys.argv[1] == "backwards"
+at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
+assert libc.mprotect(at, PAGES * 4096, 3) == 0
+keys = [1000 + page for page in range(PAGES)]
+if backwards:
+    keys[:-1] = keys[-2::-1]
+def content(key):
+    return key.to_bytes(8, "little") * 512
+for page in range(PAGES):
+    ctypes.memmove(at + page * 4096, content(keys[page]), 4096)
+print("READY area=%#x:%d" % (at, PAGES), flush=True)
+for line in sys.stdin:
+    word, *numbers = line.split()
+    if word == "quit":
+        break
+    page, count, *rest = map(int, numbers or (0, 0))
+    if word == "write":
+        keys[page] = count
+        ctypes.memmove(at + page * 4096, content(count), 4096)
+    if word == "protect":
+        assert libc.mprotect(at + page * 4096, count * 4096, *rest) == 0
+    if word == "fresh":
+        assert libc.mmap(at + page * 4096, count * 4096, 3, 0x32, -1, 0) == at + page * 4096
+        keys[page : page + count] = [0] * count
+    if word == "lock":
+        assert libc.mlock(void(at + page * 4096), size(count * 4096)) == 0
+    wrong = [page for page in range(PAGES) if ctypes.string_at(at + page * 4096, 4096) != content(keys[page])]
+    print("CORRUPT %s" % wrong if wrong else "OK", flush=True)
+"""
+)
+
+
+def _commit(world: World, victims: list[Victim], meanwhile: str) -> dict[str, object]:
+    """Merge what `victims` share page by page; the second one is told `meanwhile` when all is prepared."""
+    guard = standstill.start_standing_still(world, "prepared", victims[0])
+    scanner = Scanner(world, victims)
+    (one, _), (two, _) = (victim.area("area") for victim in victims)
+    first, second = scanner.targets
+    flag = wire.FLAG_NEW_EXTENT
+    plan = [(wire.OP_FILL, flag, 0, first, one, PAGES, 0, 0, 0, 0)]
+    plan += [
+        (wire.OP_MAP, flag, 0, second, two + page * 4096, 1, 0, PAGES - 2 - page, 0, 0)
+        for page in range(PAGES - 1)
+    ]
+    # The last slot is where the hole begins: what maps it needs no border page.
+    plan.append((wire.OP_MAP, flag, 0, second, two + (PAGES - 1) * 4096, 1, 0, PAGES - 1, 0, 0))
+
+    def act() -> None:
+        assert standstill.stands(guard), "nothing was prepared"
+        victims[1].ask(meanwhile or "verify")
+
+    try:
+        return standstill.while_it_stands(guard, lambda: scanner.commit([PAGES], plan), act)
+    finally:
+        scanner.close()
+        standstill.let_go(world.guard_processes())
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "skipped"),
+    [
+        ("", {}),
+        ("write 5 7777", {"written": 1}),
+        ("fresh 5 3", {"written": 3}),
+        ("protect 5 3 1", {}),
+        ("protect 0 24 1", {}),
+        ("lock 5 3", {"locked": PAGES}),
+        ("lock 0 24", {"locked": PAGES}),
+    ],
+)
+def test_what_happens_after_preparing(world: World, meanwhile: str, skipped: dict[str, int]) -> None:
+    victims = [world.python(_SCRIPT, order) for order in ("forwards", "backwards")]
+    reply = _commit(world, victims, meanwhile)
+    found = {reason: pages for reason, pages in reply["skipped"].items() if reason != "border-page"}
+    assert found == skipped, reply
+    for victim in victims:
+        victim.verify()
+    start, _ = victims[1].area("area")
+    if meanwhile.startswith("protect"):
+        page, count, _ = map(int, meanwhile.split()[1:])
+        low, high = start + page * 4096, start + (page + count) * 4096
+        for mapping in processes.mappings(victims[1].pid):
+            if mapping.start < high and low < mapping.end:
+                assert mapping.perms == "r--p", mapping
+    victims[0].ask("write 3 5555")
+    for victim in victims:
+        victim.verify()
