@@ -95,7 +95,7 @@ def _equip(
         if inherited_event is None:
             uffd.api(ours[1], features | event_features(fork_events))
     except OSError as error:
-        for fd in ours:
+        for fd in set(ours) - {inherited_event}:
             os.close(fd)
         raise FeatureMissing(
             f"this kernel's userfaultfd cannot track writes ({error.strerror}); Linux 6.7 or newer is needed"
