@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import socket
 import stat
 import subprocess
@@ -26,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gpuksm import errors, wire
+from gpuksm.linux.descriptors import await_readable
 
 _TRIES, _RETRY_SECONDS = 4, 0.1  # to start a process
 START_SECONDS = 15.0
@@ -258,7 +258,7 @@ def _start(folder: Path) -> socket.socket:
                 sock = _connect(folder)
                 if sock is not None:
                     return sock
-                if keeper is None or select.select([keeper], [], [], 0.01)[0]:
+                if keeper is None or await_readable([keeper], 0.01):
                     raise errors.GuardError(f"the guard did not start: {_last_line(log)}")
         finally:
             if keeper is not None:

@@ -176,3 +176,9 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"numpy", "numba", "rich", "cupy"}.isdisjoint(done.stdout.split())
+
+
+def test_nobody_waits_by_select() -> None:
+    """It knows no descriptor above 1023: see gpuksm/linux/descriptors.py."""
+    for source in PACKAGE.glob("**/*.py"):
+        assert "select.select" not in source.read_text(), source

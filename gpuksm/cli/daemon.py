@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import signal
 import socket
 import tomllib
@@ -13,6 +12,7 @@ import click
 
 from gpuksm import errors, knobs
 from gpuksm.cli import _options, _output, _scanning
+from gpuksm.linux.descriptors import await_readable
 from gpuksm.targets import Finder, Selection
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class _Signals:
 
     def wait(self, seconds: float, readable: Sequence[int]) -> None:
         """See `Control`."""
-        ready, _, _ = select.select([self._wake.fileno(), *readable], [], [], seconds)
+        ready = await_readable([self._wake.fileno(), *readable], seconds)
         if self._wake.fileno() in ready:
             self._wake.recv(4096)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from gpuksm.guard import arch
 from gpuksm.guard.agent import UNUSED_OFFSETS, WAIT_NS, Agent, AgentStuck, Muzzled, Table
 from gpuksm.linux import uffd, vm
 from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux.descriptors import await_readable
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -200,7 +200,7 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
     message, _ = _message(agent, table, control + bytes(-len(control) % 8))
     table.add(nr.SENDMSG, _agent_socket(agent), message, 0)
     _start(agent, table)
-    if not select.select([agent.sock], [], [], WAIT_NS / 1e9)[0]:
+    if not await_readable([agent.sock.fileno()], WAIT_NS / 1e9):
         raise AgentStuck(f"process {agent.pid} was stopped just now")
     # Where sending failed, what comes first is the agent's acknowledgement.
     _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)

@@ -9,13 +9,12 @@ others.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gpuksm import eligibility
-from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone, Unsupported
+from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import (
     adoption,
     arch,
@@ -23,12 +22,11 @@ from gpuksm.guard import (
     children,
     events,
     faults,
-    headroom,
     journal,
     plan,
     reclaim,
-    restore,
     tracking,
+    unmerging,
 )
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
@@ -337,8 +335,12 @@ class Guard:
     # -- requests --------------------------------------------------------------------
 
     def arm(self, target: Target, ranges: list[tuple[int, int]] | None) -> tracking.Armed:
-        """Re-arm write tracking; see tracking.py."""
-        return tracking.arm(target, self.breathe, ranges)
+        """Re-arm write tracking; see tracking.py.  TargetGone."""
+        try:
+            return tracking.arm(target, self.breathe, ranges)
+        except ProcessLookupError:
+            self.drop(target)
+            raise TargetGone(f"process {target.pid} has exited") from None
 
     def commit(
         self, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int
@@ -348,41 +350,9 @@ class Guard:
         self._remerged += result.outcome.remerged_pages
         return result
 
-    def unmerge(self, pids: list[int] | None, max_pause_us: int) -> tuple[int, list[int], dict[str, str]]:
-        """Unmerge targets (None: all), in steps; (pages, pauses, {pid: why not})."""
-        late = adoption.settle(self)
-        chosen = list(self.targets.values())
-        if pids is not None:
-            known = {target.pid: target for target in chosen}
-            for pid in pids:
-                if pid not in known and not os.path.exists(f"/proc/{pid}"):
-                    raise NoSuchProcess(f"there is no process {pid}; see `gpuksm status` for what is merged")
-            chosen = [known[pid] for pid in pids if pid in known]
-        headroom.check_unmerge(chosen)
-        pages = 0
-        pauses: list[int] = []
-        failed = {
-            str(pid): "is just being taken over; try again" for pid in late if pids is None or pid in pids
-        }
-        for target in chosen:
-            if target.runs.pages and target.link.agent.muzzled():
-                failed[str(target.pid)] = MUZZLED
-                continue
-            try:
-                count, more = restore.restore_all(
-                    target, self.journal, self.frozen, max_pause_us, self.breathe
-                )
-                pages, pauses = pages + count, pauses + more
-            except TargetGone:
-                self.drop(target)
-                continue
-            except (FreezeFailed, AgentStuck, restore.RestoreFailed) as error:
-                failed[str(target.pid)] = str(error)
-                continue
-            self.drop(target)
-        self.reclaimer.soon()
-        self.tick()
-        return pages, pauses, failed
+    def unmerge(self, pids: list[int] | None, max_pause_us: int) -> unmerging.Unmerged:
+        """Unmerge targets (None: all); see unmerging.py."""
+        return unmerging.unmerge(self, pids, max_pause_us)
 
     def release_idle(self) -> None:
         """Leave targets in which nothing is merged (after a scan)."""

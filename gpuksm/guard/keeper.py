@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from gpuksm.guard import attic
 from gpuksm.linux import process, uffd
+from gpuksm.linux.descriptors import await_readable
 
 END = "end"  # the guard's word that it ends on purpose
 FORK = "fork "  # and, with two tags, that an event is to be read in its place
@@ -143,7 +143,7 @@ def _read_fork(link: socket.socket, kept: dict[str, int], parent: str, child: st
 
 def _await_end(guard: int) -> None:
     """Wait until the guard has ended altogether and let its tracees go; it may be our child."""
-    select.select([guard], [], [])
+    await_readable([guard], None)
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PIDFD, guard, os.WEXITED)
     os.close(guard)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import struct
@@ -29,6 +28,7 @@ from gpuksm.guard import keeper
 from gpuksm.guard.attic import Attic
 from gpuksm.guard.keeper import Patience
 from gpuksm.linux import uffd
+from gpuksm.linux.descriptors import await_readable
 
 _READ_SECONDS = 5.0
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
@@ -89,7 +89,7 @@ class Keeping:
         data, fds = b"", list[int]()
         with contextlib.suppress(OSError):
             self._link.send(f"{keeper.FORK}{parent} {child}".encode().ljust(keeper.TAG_BYTES))
-            if not select.select([self._link], [], [], _READ_SECONDS)[0]:
+            if not await_readable([self._link.fileno()], _READ_SECONDS):
                 self._kill()
             data, fds, _, _ = socket.recv_fds(self._link, keeper.TAG_BYTES, 1)
         if not data:

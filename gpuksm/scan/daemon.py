@@ -12,7 +12,6 @@ the guard dies, its successor is attached to anew.
 from __future__ import annotations
 
 import contextlib
-import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from typing import Protocol
 from gpuksm import knobs
 from gpuksm.client import GuardClient
 from gpuksm.errors import FeatureMissing, GuardError
+from gpuksm.linux.descriptors import await_readable
 from gpuksm.scan import measure
 from gpuksm.scan.session import Round, Session
 from gpuksm.scan.types import ScanOptions, TargetRequest
@@ -265,4 +265,4 @@ class Daemon:
 
 
 def _readable(fd: int) -> bool:
-    return bool(fd >= 0 and select.select([fd], [], [], 0)[0])
+    return fd >= 0 and bool(await_readable([fd], 0))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 from gpuksm.client import GuardClient
 from gpuksm.errors import GpuksmError, GuardError
 from gpuksm.linux import procfs
+from gpuksm.linux.descriptors import await_readable
 from gpuksm.scan.columns import PAGE_BYTES
 from gpuksm.scan.types import TargetRequest
 
@@ -231,8 +231,8 @@ def _wait(known: dict[int, int], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     left = set(known.values())
     while left:
-        ended, _, _ = select.select(left, [], [], max(0.0, deadline - time.monotonic()))
+        ended = await_readable(left, max(0.0, deadline - time.monotonic()))
         if not ended:
             return False
-        left -= set(ended)
+        left -= ended
     return True

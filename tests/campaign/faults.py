@@ -83,6 +83,7 @@ def _victims(world: World) -> list[Victim]:
     return [
         *(world.victim("changeling", 48) for _ in range(2)),
         *(world.victim("regions", 256, 16, seed, "straight") for seed in (1, 2)),
+        *(world.victim("regions", 700, 16, seed, "permuted", 9000) for seed in (1, 2)),
         *(world.victim("purge", 1) for _ in range(2)),
         *(world.victim("growth", 12) for _ in range(2)),
         *(world.victim("forks") for _ in range(2)),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from tests.support import processes
+from tests.support import processes, standstill
 from tests.support.merging import merged_pair, perform, scan_until_merged
+from tests.support.scripts import LIBC
 from tests.support.world import World
 
 ACTIONS = "reads drops writes grandchildren vfork spawn"
@@ -141,5 +142,55 @@ def test_a_sleeping_vfork_child_delays_nobody_for_long(world: World) -> None:
     for victim in victims:
         victim.verify()
     world.scan(*victims)
+    for victim in victims:
+        victim.verify()
+
+
+# `fork` leaves a child that waits; its pid is told.
+_FORKS = (
+    LIBC
+    + """
+import os, signal, sys
+PAGES = 64
+at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
+assert libc.mprotect(at, PAGES * 4096, 3) == 0
+def content(page):
+    return (1000 + page).to_bytes(8, "little") * 512
+for page in range(PAGES):
+    ctypes.memmove(at + page * 4096, content(page), 4096)
+print("READY area=%#x:%d" % (at, PAGES), flush=True)
+for line in sys.stdin:
+    if line == "quit\\n":
+        break
+    if line == "fork\\n":
+        child = os.fork()
+        if not child:
+            libc.prctl(1, signal.SIGKILL)
+            while True:
+                signal.pause()
+        print(child, flush=True)
+        continue
+    right = all(ctypes.string_at(at + page * 4096, 4096) == content(page) for page in range(PAGES))
+    print("OK" if right else "CORRUPT", flush=True)
+"""
+)
+
+
+def test_unmerging_everything_includes_what_is_forked_meanwhile(world: World) -> None:
+    victims = [world.python(_FORKS) for _ in range(2)]
+    guard = standstill.start_standing_still(world, "restore-copied", victims[0])
+    scan_until_merged(world, victims, ["area"])
+
+    def fork() -> None:
+        # The first is being unmerged, the other is merged still; its fork waits for the guard.
+        assert standstill.stands(guard)
+        victims[1].send("fork")
+        standstill.wait_for_event(victims[1])
+
+    standstill.while_it_stands(guard, world.unmerge, fork)
+    child = int(victims[1].line(20))
+    assert processes.alive(child)
+    for pid in (*(victim.pid for victim in victims), child):
+        assert processes.store_mappings(pid) == []
     for victim in victims:
         victim.verify()

@@ -29,6 +29,7 @@ def _victims(world: World) -> list[Victim]:
     return [
         *(world.victim("writers", 1024, 2, 300, 300) for _ in range(2)),
         *(world.victim("regions", 1024, 64, seed, "straight") for seed in (1, 2)),
+        *(world.victim("regions", 700, 16, seed, "permuted", 9000) for seed in (1, 2)),
         *(world.victim("purge", seed) for seed in (1, 2)),
         *(world.victim("growth", pages) for pages in (32, 32, 12)),
         *(world.victim("forks") for _ in range(2)),

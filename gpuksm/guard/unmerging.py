@@ -1,0 +1,81 @@
+"""Giving merged pages back as private memory, on request, target by target.
+
+What must hold: nobody is unmerged beyond what a control group's limit allows; where no process is named
+nothing is merged in the end but in those that are said to have failed, those forked meanwhile included.
+
+If we die: see restore.py; what has been given back stays so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone
+from gpuksm.guard import adoption, headroom, restore
+from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.freeze import FreezeFailed
+from gpuksm.guard.sandbox import MUZZLED
+
+if TYPE_CHECKING:
+    from gpuksm.guard.guard import Guard
+    from gpuksm.guard.target import Target
+
+Unmerged = tuple[int, list[int], dict[str, str]]  # pages, pauses in microseconds, {pid: why not}
+_ROUNDS = 20  # of what is forked while its parent is unmerged, one that forks and forks
+
+
+def unmerge(guard: Guard, pids: list[int] | None, max_pause_us: int) -> Unmerged:
+    """Unmerge targets (None: all).  NoSuchProcess, and GuardError for want of memory: nothing was done."""
+    late = adoption.settle(guard)
+    chosen = list(guard.targets.values()) if pids is None else _named(guard, pids)
+    headroom.check_unmerge(chosen)
+    pages, pauses, failed = _unmerge_each(guard, chosen, max_pause_us)
+    tried = {target.id for target in chosen}
+    for _ in range(_ROUNDS if pids is None else 0):
+        late = adoption.settle(guard)
+        forked = [target for target in guard.targets.values() if target.id not in tried and target.runs.pages]
+        if not forked:
+            break
+        tried |= {target.id for target in forked}
+        try:
+            headroom.check_unmerge(forked)
+        except GpuksmError as error:
+            failed |= {str(target.pid): str(error) for target in forked}
+            continue
+        count, more, others = _unmerge_each(guard, forked, max_pause_us)
+        pages, pauses, failed = pages + count, pauses + more, failed | others
+    failed |= {str(pid): "is just being taken over; try again" for pid in late if pids is None or pid in pids}
+    guard.reclaimer.soon()
+    guard.tick()
+    return pages, pauses, failed
+
+
+def _named(guard: Guard, pids: list[int]) -> list[Target]:
+    known = {target.pid: target for target in guard.targets.values()}
+    for pid in pids:
+        if pid not in known and not os.path.exists(f"/proc/{pid}"):
+            raise NoSuchProcess(f"there is no process {pid}; see `gpuksm status` for what is merged")
+    return [known[pid] for pid in pids if pid in known]
+
+
+def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> Unmerged:
+    pages, pauses, failed = 0, list[int](), dict[str, str]()
+    for target in chosen:
+        if target.runs.pages and target.link.agent.muzzled():
+            failed[str(target.pid)] = MUZZLED
+            continue
+        try:
+            count, more = restore.restore_all(
+                target, guard.journal, guard.frozen, max_pause_us, guard.breathe
+            )
+            pages, pauses = pages + count, pauses + more
+        except TargetGone:
+            guard.drop(target)
+            continue
+        except (FreezeFailed, AgentStuck, restore.RestoreFailed) as error:
+            failed[str(target.pid)] = str(error)
+            continue
+        guard.drop(target)
+    return pages, pauses, failed
