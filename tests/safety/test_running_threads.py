@@ -14,7 +14,7 @@ from tests.support.world import World
 def test_writers_with_timers(each_world: World) -> None:
     world = each_world
     victims = [world.victim("writers", 4096, 3, 200) for _ in range(2)]
-    for _ in range(3):
+    for _ in range(2):
         result = world.scan(*victims)
         for victim in victims:
             victim.ask("report")
