@@ -51,7 +51,8 @@ def urgent(pid: int, agent: int) -> Iterator[None]:
             _lower(0, ours)
             _urgent = False
             if _home is not None:
-                os.sched_setaffinity(0, _home)
+                with contextlib.suppress(OSError):  # none of them may be ours any more: then we stay
+                    os.sched_setaffinity(0, _home)
                 _home = None
 
 

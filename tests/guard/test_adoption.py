@@ -22,7 +22,7 @@ from gpuksm.linux import procfs
 from tests import requirements_env
 from tests.support import processes
 from tests.support.merging import scan_until_merged
-from tests.support.scripts import LIBC
+from tests.support.scripts import area_script
 from tests.support.standstill import wait_for, wait_for_event
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -68,18 +68,9 @@ def test_a_child_that_ends_before_it_is_a_target_leaves_no_descriptor(has_userfa
 
 # On "cut" it unmaps its second half, on "discard" it discards four pages of what is left.
 _CUT = (
-    LIBC
+    area_script(32)
     + """
 import sys
-PAGES = 32
-at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
-assert libc.mprotect(at, PAGES * 4096, 3) == 0
-def content(key):
-    return key.to_bytes(8, "little") * 512
-expected = [1 + page for page in range(PAGES)]
-for page, key in enumerate(expected):
-    ctypes.memmove(at + page * 4096, content(key), 4096)
-print("READY area=%#x:%d" % (at, PAGES), flush=True)
 for line in sys.stdin:
     word = line.strip()
     if word == "quit":
@@ -90,8 +81,7 @@ for line in sys.stdin:
     if word == "discard":
         assert libc.madvise(at + 4 * 4096, 4 * 4096, 4) == 0
         expected[4:8] = [0] * 4
-    wrong = [p for p, key in enumerate(expected) if ctypes.string_at(at + p * 4096, 4096) != content(key)]
-    print("CORRUPT pages %s" % wrong if wrong else "OK", flush=True)
+    print("CORRUPT pages %s" % wrong() if wrong() else "OK", flush=True)
 """
 )
 

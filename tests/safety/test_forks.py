@@ -6,7 +6,7 @@ import time
 
 from tests.support import processes, standstill
 from tests.support.merging import merged_pair, perform, scan_until_merged
-from tests.support.scripts import LIBC
+from tests.support.scripts import area_script
 from tests.support.world import World
 
 ACTIONS = "reads drops writes grandchildren vfork spawn"
@@ -148,17 +148,9 @@ def test_a_sleeping_vfork_child_delays_nobody_for_long(world: World) -> None:
 
 # `fork` leaves a child that waits; its pid is told.
 _FORKS = (
-    LIBC
+    area_script(64)
     + """
 import os, signal, sys
-PAGES = 64
-at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
-assert libc.mprotect(at, PAGES * 4096, 3) == 0
-def content(page):
-    return (1000 + page).to_bytes(8, "little") * 512
-for page in range(PAGES):
-    ctypes.memmove(at + page * 4096, content(page), 4096)
-print("READY area=%#x:%d" % (at, PAGES), flush=True)
 for line in sys.stdin:
     if line == "quit\\n":
         break
@@ -170,8 +162,7 @@ for line in sys.stdin:
                 signal.pause()
         print(child, flush=True)
         continue
-    right = all(ctypes.string_at(at + page * 4096, 4096) == content(page) for page in range(PAGES))
-    print("OK" if right else "CORRUPT", flush=True)
+    print("CORRUPT pages %s" % wrong() if wrong() else "OK", flush=True)
 """
 )
 

@@ -7,7 +7,7 @@ import pytest
 from gpuksm import wire
 from tests.support import processes, standstill
 from tests.support.scanner import Scanner
-from tests.support.scripts import LIBC
+from tests.support.scripts import area_script
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -15,37 +15,29 @@ PAGES = 24
 
 # `write PAGE KEY`, `protect PAGE COUNT PROT`, `fresh PAGE COUNT` (other zeros there), `lock PAGE COUNT`.
 _SCRIPT = (
-    LIBC
+    area_script(PAGES)
     + """
 import sys
-PAGES, backwards = 24, sys.argv[1] == "backwards"
-at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
-assert libc.mprotect(at, PAGES * 4096, 3) == 0
-keys = [1000 + page for page in range(PAGES)]
-if backwards:
-    keys[:-1] = keys[-2::-1]
-def content(key):
-    return key.to_bytes(8, "little") * 512
-for page in range(PAGES):
-    ctypes.memmove(at + page * 4096, content(keys[page]), 4096)
-print("READY area=%#x:%d" % (at, PAGES), flush=True)
+if sys.argv[1] == "backwards":
+    expected[:-1] = expected[-2::-1]
+    for page, key in enumerate(expected):
+        ctypes.memmove(at + page * 4096, content(key), 4096)
 for line in sys.stdin:
     word, *numbers = line.split()
     if word == "quit":
         break
     page, count, *rest = map(int, numbers or (0, 0))
     if word == "write":
-        keys[page] = count
+        expected[page] = count
         ctypes.memmove(at + page * 4096, content(count), 4096)
     if word == "protect":
         assert libc.mprotect(at + page * 4096, count * 4096, *rest) == 0
     if word == "fresh":
         assert libc.mmap(at + page * 4096, count * 4096, 3, 0x32, -1, 0) == at + page * 4096
-        keys[page : page + count] = [0] * count
+        expected[page : page + count] = [0] * count
     if word == "lock":
         assert libc.mlock(void(at + page * 4096), size(count * 4096)) == 0
-    wrong = [page for page in range(PAGES) if ctypes.string_at(at + page * 4096, 4096) != content(keys[page])]
-    print("CORRUPT %s" % wrong if wrong else "OK", flush=True)
+    print("CORRUPT pages %s" % wrong() if wrong() else "OK", flush=True)
 """
 )
 
@@ -90,6 +82,8 @@ def _commit(world: World, victims: list[Victim], meanwhile: str) -> dict[str, ob
 )
 def test_what_happens_after_preparing(world: World, meanwhile: str, skipped: dict[str, int]) -> None:
     victims = [world.python(_SCRIPT, order) for order in ("forwards", "backwards")]
+    for victim in victims:
+        victim.verify()  # it has turned its pages round by then
     reply = _commit(world, victims, meanwhile)
     found = {reason: pages for reason, pages in reply["skipped"].items() if reason != "border-page"}
     assert found == skipped, reply

@@ -19,7 +19,7 @@ from tests import requirements_env
 from tests.stress.test_kill import KILLS
 from tests.support import processes
 from tests.support.merging import scan_until_merged
-from tests.support.scripts import LIBC
+from tests.support.scripts import LIBC, area_script
 from tests.support.standstill import wait_for
 from tests.support.victims import Victim
 from tests.support.world import World
@@ -279,18 +279,9 @@ def test_what_a_system_call_writes_into_discarded_memory_stays(world: World) -> 
 
 # On "fork" a child goes on in the parent's place, which waits.
 _FORKER = (
-    LIBC
+    area_script(24)
     + """
 import os, sys
-PAGES = 24
-at = libc.mmap(None, (PAGES + 2) * 4096, 0, 0x4022, -1, 0) + 4096
-assert libc.mprotect(at, PAGES * 4096, 3) == 0
-def content(key):
-    return key.to_bytes(8, "little") * 512
-expected = [1 + page for page in range(PAGES)]
-for page, key in enumerate(expected):
-    ctypes.memmove(at + page * 4096, content(key), 4096)
-print("READY area=%#x:%d" % (at, PAGES), flush=True)
 for line in sys.stdin:
     word = line.strip()
     if word == "quit":
@@ -306,8 +297,7 @@ for line in sys.stdin:
     if word == "cut":
         assert libc.munmap(at + 16 * 4096, 8 * 4096) == 0
         del expected[16:]
-    wrong = [p for p, key in enumerate(expected) if ctypes.string_at(at + p * 4096, 4096) != content(key)]
-    print("CORRUPT pages %s" % wrong if wrong else "OK pid=%d" % os.getpid(), flush=True)
+    print("CORRUPT pages %s" % wrong() if wrong() else "OK pid=%d" % os.getpid(), flush=True)
 """
 )
 
