@@ -34,6 +34,7 @@ from gpuksm.errors import BackendUnavailable, UsageError
 from gpuksm.hashing import gpus, kernels
 from gpuksm.hashing.device import Budget, DeviceFailed
 from gpuksm.hashing.offload import OffloadHasher
+from gpuksm.linux.leaving import leave_for_ever
 
 # Share of the free device memory that is used when no cap is given.
 _DEFAULT_SHARE = 0.5
@@ -278,11 +279,7 @@ class CupyDevice:
         if self._closed:
             return
         self._closed = True
-        _ABANDONED.append((self, self._queues, self._pinned))
-
-
-# What a hung device may still write into is never given back.
-_ABANDONED: list[Any] = []
+        leave_for_ever(self, self._module, *self._kernels.values(), *self._queues, *self._pinned)
 
 
 class CudaHasher(OffloadHasher):

@@ -22,6 +22,7 @@ from gpuksm.errors import BackendUnavailable, UsageError
 from gpuksm.hashing import kernels
 from gpuksm.hashing.device import Budget, DeviceFailed
 from gpuksm.hashing.offload import OffloadHasher
+from gpuksm.linux.leaving import leave_for_ever
 
 _DEFAULT_SHARE = 0.5
 
@@ -41,20 +42,26 @@ class _Buffer:
 
 
 class OpenClQueue:
-    """A command queue with kernels of its own: setting a kernel's arguments is not thread-safe."""
+    """A command queue with kernels of its own: setting a kernel's arguments is not thread-safe.
+
+    pyopencl's event of a copy from or to an array keeps the array, and freeing it waits for the copy.
+    So they are kept until a mark behind them has been passed.
+    """
 
     def __init__(self, device: OpenClDevice) -> None:
         self._device, self._cl = device, device.cl
         self._queue: Any = self._cl.CommandQueue(device.context)
         self._kernels: dict[str, Any] = {}
+        self._copies: list[Any] = []
+        self._marked: list[tuple[Any, list[Any]]] = []
 
     def upload(self, target: _Buffer, source: NDArray[Any]) -> None:
         """See `Queue.upload`."""
-        self._cl.enqueue_copy(self._live(), target.held, source, is_blocking=False)
+        self._copies.append(self._cl.enqueue_copy(self._live(), target.held, source, is_blocking=False))
 
     def download(self, target: NDArray[Any], source: _Buffer) -> None:
         """See `Queue.download`."""
-        self._cl.enqueue_copy(self._live(), target, source.held, is_blocking=False)
+        self._copies.append(self._cl.enqueue_copy(self._live(), target, source.held, is_blocking=False))
 
     def launch(self, kernel: str, groups: int, *arguments: Any) -> None:
         """See `Queue.launch`."""
@@ -69,6 +76,8 @@ class OpenClQueue:
         queue = self._live()
         event = self._cl.enqueue_marker(queue)
         queue.flush()  # nothing starts before, on some drivers
+        self._marked.append((event, self._copies))
+        self._copies = []
         return event
 
     def done(self, mark: Any) -> bool:
@@ -77,21 +86,28 @@ class OpenClQueue:
         status = mark.command_execution_status
         if status < 0:
             raise DeviceFailed(f"OpenCL error {status}")
-        return bool(status == self._cl.command_execution_status.COMPLETE)
+        passed = bool(status == self._cl.command_execution_status.COMPLETE)
+        if passed and any(event is mark for event, _copies in self._marked):
+            while self._marked.pop(0)[0] is not mark:
+                pass
+        return passed
 
     def _live(self) -> Any:
         if self._queue is None:
             raise DeviceFailed("the device was given back")
         return self._queue
 
-    def close(self, finish: bool) -> None:
+    def close(self) -> None:
         queue, self._queue = self._queue, None
         self._kernels.clear()
-        if finish and queue is not None:
-            try:
+        if queue is not None:
+            with suppress(self._cl.Error):
                 queue.finish()
-            except self._cl.Error:
-                return
+        self._marked, self._copies = [], []
+
+    def abandon(self) -> None:
+        leave_for_ever(self._queue, self._marked, self._copies, *self._kernels.values())
+        self._queue = None
 
 
 class OpenClDevice:
@@ -108,6 +124,8 @@ class OpenClDevice:
         self.program: Any = build(cl, self.context, variants(device.extensions))
         self._map_queue: Any = cl.CommandQueue(self.context)
         self._queues: list[OpenClQueue] = []
+        self._pinned: list[Any] = []
+        self._buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         """See `Device.pinned`: a mapped buffer in host memory, which drivers pin."""
@@ -117,6 +135,7 @@ class OpenClDevice:
         access = cl.map_flags.READ | cl.map_flags.WRITE
         octets, _event = cl.enqueue_map_buffer(self._map_queue, held, access, 0, (size,), np.uint8)
         mapped: NDArray[np.uint8] = octets
+        self._pinned.append(mapped)
         return mapped
 
     def buffer(self, size: int) -> _Buffer:
@@ -127,6 +146,7 @@ class OpenClDevice:
         except BaseException:
             self.budget.give_back(size)
             raise
+        self._buffers.add(buffer)
         weakref.finalize(buffer, self.budget.give_back, size)
         return buffer
 
@@ -148,22 +168,21 @@ class OpenClDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._end(finish=True)
+        for queue in self._queues:
+            queue.close()
+        self._forget()
 
     def abandon(self) -> None:
         """See `Device.abandon`."""
-        _ABANDONED.append((self.context, self._map_queue, self.program, list(self._queues)))
-        self._end(finish=False)
-
-    def _end(self, finish: bool) -> None:
         for queue in self._queues:
-            queue.close(finish)
+            queue.abandon()
+        leave_for_ever(self.context, self._map_queue, self.program, *self._pinned, *self._buffers)
+        self._forget()
+
+    def _forget(self) -> None:
         self._queues.clear()
+        self._pinned.clear()
         self.context = self.program = self._map_queue = None
-
-
-# What a hung device may still use is never given back.
-_ABANDONED: list[Any] = []
 
 
 class OpenClHasher(OffloadHasher):

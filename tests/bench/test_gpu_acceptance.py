@@ -12,10 +12,10 @@ from gpuksm.hashing import cuda, gpus
 from tests import fake_cupy, nvrtc
 
 TINY = gpu_acceptance.Sizes(
-    pages=300,
+    pages=160,
     device_bytes=1 << 20,
-    sort_keys=512,
-    process_pages=300,
+    sort_keys=256,
+    process_pages=100,
     processes=2,
     job_mb=8,
     repeats=1,
@@ -31,6 +31,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> fake_cupy.FakeCuda:
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(gpus, "nvml", lambda: None)
     monkeypatch.setattr(gpu_acceptance, "scan_jobs", lambda *_given: {"bytes_saved": 1, "seconds": 0.5})
+    monkeypatch.setattr(gpu_acceptance.gpu_failures, "run", lambda _case: None)
     return made
 
 
