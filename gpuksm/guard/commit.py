@@ -381,7 +381,7 @@ class Committer:
             for low in range(piece.addr, piece.end, 512 * PAGE_SIZE):
                 run = target.runs.overlapping(low, min(low + 512 * PAGE_SIZE, piece.end))
                 for part in run:
-                    restore_piece(target, self.journal, part)
+                    restore_piece(target, self.journal, part.start, part.end)
         except RestoreFailed:
             # Stays merged and right; without events only a later MADV_DONTNEED would show old bytes.
             self.outcome.skip("unwatched", piece.pages)

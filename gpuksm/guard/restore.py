@@ -45,7 +45,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
 
 _CHUNK_PAGES = 512
-_LEAST_PAGES = 16  # fewer are left to the next pause
+_LEAST_PAGES = 16  # fewer are left to the next pause, and so many are not what makes one long
 _PAGE_NS = 4000.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
@@ -59,60 +59,76 @@ class RestoreFailed(Exception):
     """The target could not get fresh memory (limits); what is merged stays merged and right."""
 
 
-def restore_piece(target: Target, journal: Journal, piece: Run, *, border: bool = False) -> None:
-    """Make one merged piece (at most `_CHUNK_PAGES`) of a frozen target private again.
+def restore_piece(target: Target, journal: Journal, start: int, end: int, *, border: bool = False) -> None:
+    """Make merged [start, end) (at most `_CHUNK_PAGES`) of a frozen target private again.
 
-    The target may have cut it into VMAs of different protection; each keeps its own, and
-    its lock, unless the target could lock more than its limit allows (CAP_IPC_LOCK).
+    It may be of several runs, and the target may have cut it into VMAs of different protection; each
+    keeps its own, and its lock, unless the target could lock more than its limit allows (CAP_IPC_LOCK).
     With `border` its pages become border pages.  Raises RestoreFailed, TargetGone.
     """
-    while piece.pages:
-        vma = target.query(piece.start)
+    while start < end:
+        vma = target.query(start)
         if vma is None:
-            target.runs.remove(piece.start, piece.end)
-            return
-        stop = min(piece.end, vma.end)
-        if not vma.inode:
+            run = target.runs.at(start)
+            stop = end if run is None else min(end, run.end)
+            target.runs.remove(start, stop)
+        elif not vma.inode:
             # In the ledger only: the guard failed between noting it and mapping it.
-            journal.append(UNMAP, target.id, piece.start, stop)
-            target.runs.remove(piece.start, stop)
-            for page in range(piece.start, stop if border else piece.start, PAGE_SIZE):
+            stop = min(end, vma.end)
+            journal.append(UNMAP, target.id, start, stop)
+            target.runs.remove(start, stop)
+            for page in range(start, stop if border else start, PAGE_SIZE):
                 table = Table()
                 target.add_border(table, page)
                 target.link.agent.perform(table)
                 target.borders.add(page)
                 journal.append(BORDER, target.id, page)
-            piece = piece.cut(stop, piece.end)
-            continue
-        _restore_part(target, journal, piece.cut(piece.start, stop), vma, border)
-        piece = piece.cut(stop, piece.end)
+        else:
+            any_locked = procfs.locked_kib(target.pid) != 0
+            locked = any_locked and target.locked(vma.start)
+            stop = min(end, vma.end) if any_locked else _end_of_alike(target, vma, end)
+            _restore_part(target, journal, start, stop, protection(vma), locked, border)
+        start = stop
 
 
-def _restore_part(target: Target, journal: Journal, piece: Run, vma: procfs.VmaQuery, border: bool) -> None:
-    """Restore a piece that lies within `vma`."""
+def _end_of_alike(target: Target, vma: procfs.VmaQuery, end: int) -> int:
+    """Where the merged memory ends that can be given back with that of `vma`, `end` at most."""
+    at = vma.end
+    while at < end:
+        after = target.query(at)
+        if after is None or not after.inode or protection(after) != protection(vma):
+            return at
+        at = after.end
+    return min(at, end)
+
+
+def _restore_part(
+    target: Target, journal: Journal, start: int, end: int, prot: int, locked: bool, border: bool
+) -> None:
+    """Restore [start, end), all of it of protection `prot`."""
+    size = end - start
     try:
-        fresh = _map_copy(target, journal, piece)
-        _fill_copy(target, piece, fresh, protection(vma))
-        _put_copy(target, piece, fresh, vma, border)
+        fresh = _map_copy(target, journal, start, size)
+        _fill_copy(target, start, size, fresh, prot)
+        _put_copy(target, start, size, fresh, locked, border)
         faults.point("restore-moved")
     finally:
         # As long as we live we know ourselves what has become of it.
         journal.append(COPY, target.id)
-    journal.append(UNMAP, target.id, piece.start, piece.end)
-    target.runs.remove(piece.start, piece.end)
+    journal.append(UNMAP, target.id, start, end)
+    target.runs.remove(start, end)
     if border:
-        for page in range(piece.start, piece.end, PAGE_SIZE):
+        for page in range(start, end, PAGE_SIZE):
             target.borders.add(page)
             journal.append(BORDER, target.id, page)
 
 
-def _map_copy(target: Target, journal: Journal, piece: Run) -> int:
-    """Map memory for a copy of `piece`, noted before that; its address."""
-    size = piece.end - piece.start
+def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:
+    """Map memory for a copy of what is at `goal`, noted before that; its address."""
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     for _ in range(_PLACES):
         place = target.copy_place or places.far_place(target.pid)
-        journal.append(COPY, target.id, place, size, piece.start)
+        journal.append(COPY, target.id, place, size, goal)
         faults.point("restore-noted")
         try:
             target.link.agent.call(arch.current().NR.MMAP, place, size, PROT_READ | PROT_WRITE, flags, -1, 0)
@@ -127,12 +143,11 @@ def _map_copy(target: Target, journal: Journal, piece: Run) -> int:
     raise RestoreFailed(f"process {target.pid} has no place for a copy of {size} bytes")
 
 
-def _fill_copy(target: Target, piece: Run, fresh: int, prot: int) -> None:
+def _fill_copy(target: Target, start: int, size: int, fresh: int, prot: int) -> None:
     """Copy a piece's present content to `fresh` and protect it alike; it is unmapped when that fails."""
     agent, nr = target.link.agent, arch.current().NR
-    size = piece.end - piece.start
     try:
-        _copy(target, piece.start, fresh, size)
+        _copy(target, start, fresh, size)
         faults.point("restore-copied")
         if prot != PROT_READ | PROT_WRITE:
             agent.call(nr.MPROTECT, fresh, size, prot)
@@ -142,23 +157,22 @@ def _fill_copy(target: Target, piece: Run, fresh: int, prot: int) -> None:
         raise
 
 
-def _put_copy(target: Target, piece: Run, fresh: int, vma: procfs.VmaQuery, border: bool) -> None:
+def _put_copy(target: Target, start: int, size: int, fresh: int, locked: bool, border: bool) -> None:
     """Move the copy at `fresh` over a piece; RestoreFailed, with the piece as it was, when it cannot be."""
     agent, nr = target.link.agent, arch.current().NR
-    size = piece.end - piece.start
     table = Table()
-    target.add_unregister(table, piece.start, size)
-    moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, piece.start, after_success=True)
-    if target.locked(vma.start):
-        table.add(nr.MLOCK, piece.start, size, linked=True)
+    target.add_unregister(table, start, size)
+    moved = table.add(nr.MREMAP, fresh, size, size, _MREMAP_MAYMOVE_FIXED, start, after_success=True)
+    if locked:
+        table.add(nr.MLOCK, start, size, linked=True)
     if border:
-        target.add_register(table, piece.start, size)
+        target.add_register(table, start, size)
     result = agent.perform(table)[moved]
-    if result != piece.start:
+    if result != start:
         # A failed move leaves the merged piece mapped; watch it again, give the copy back.
         undo = Table()
         undo.add(nr.MUNMAP, fresh, size)
-        target.add_register(undo, piece.start, size)
+        target.add_register(undo, start, size)
         agent.perform(undo)
         raise RestoreFailed(f"process {target.pid} cannot move memory ({result})")
 
@@ -204,14 +218,15 @@ def restore_all(
         with frozen(target):
             while target.runs.pages:
                 left_ns = budget_ns - (time.monotonic_ns() - started)
-                run = next(iter(target.runs))
-                length = min(run.pages, largest, int(max(0, left_ns) / page_ns))
-                if done and length < min(run.pages, largest, _LEAST_PAGES):
+                start, end = target.runs.first_stretch(largest)
+                most = (end - start) // PAGE_SIZE
+                fitting, least = int(max(0, left_ns) / page_ns), min(most, _LEAST_PAGES)
+                if done and fitting < least:
                     break
-                length = max(1, length)
+                length = min(most, max(least, fitting))
                 began = time.monotonic_ns()
                 try:
-                    restore_piece(target, journal, Run(run.start, run.start + length * PAGE_SIZE, run.slot))
+                    restore_piece(target, journal, start, start + length * PAGE_SIZE)
                 except RestoreFailed:
                     if length == 1:
                         raise
@@ -244,7 +259,7 @@ def fix_ends(target: Target, store: Store, journal: Journal, ends: list[int]) ->
     for end in ends:
         run = target.runs.at(end - PAGE_SIZE)
         if run is not None and is_loose(target, store, end):
-            restore_piece(target, journal, run.cut(end - PAGE_SIZE, end), border=True)
+            restore_piece(target, journal, end - PAGE_SIZE, end, border=True)
 
 
 def block_growth(target: Target, store: Store, journal: Journal, end: int) -> None:

@@ -44,6 +44,15 @@ class Runs:
     def __iter__(self) -> Iterator[Run]:
         return iter(self._runs)
 
+    def first_stretch(self, pages: int) -> tuple[int, int]:
+        """Where the first runs lie that follow each other without a gap: at most so many pages."""
+        start = end = self._starts[0]
+        for run in self._runs:
+            if run.start != end or end - start >= pages * PAGE_SIZE:
+                break
+            end = run.end
+        return start, min(end, start + pages * PAGE_SIZE)
+
     def at(self, address: int) -> Run | None:
         """The run that covers `address`."""
         index = bisect.bisect_right(self._starts, address) - 1
