@@ -26,6 +26,7 @@ _WP_ASYNC = 1 << 15
 _WP_UNPOPULATED = 1 << 13
 _SYS_USERFAULTFD = 323
 _UFFD_USER_MODE_ONLY = 1
+_MOST_MAPPINGS = 300_000
 
 
 def required(name: str) -> bool:
@@ -86,6 +87,23 @@ def _root() -> str:
     return "" if os.geteuid() == 0 else "not run by root"
 
 
+def _realtime() -> str:
+    """Empty when a thread may be given a real-time priority (root may not where a control group has none)."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except OSError as error:
+        return str(error)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return ""
+
+
+def _map_limit() -> str:
+    """Empty when a test can use up the mappings that a process may have."""
+    with open("/proc/sys/vm/max_map_count") as file:
+        limit = int(file.read())
+    return "" if limit <= _MOST_MAPPINGS else f"vm.max_map_count is {limit}, too many to make in a test"
+
+
 def _memory() -> str:
     """Empty when 4 GiB can be used by the larger end-to-end tests."""
     with open("/proc/meminfo") as file:
@@ -101,6 +119,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "uffd": _uffd,
     "thread_pidfd": _thread_pidfd,
     "root": _root,
+    "realtime": _realtime,
+    "map_limit": _map_limit,
     "userfaultfd_device": _userfaultfd_device,
     "memory": _memory,
 }

@@ -84,8 +84,8 @@ def test_scattered_pages_stop_at_the_budget_and_say_so(world: World) -> None:
         for reason, count in target["skipped"].items():
             skipped[reason] = skipped.get(reason, 0) + count
     fewest = min(victim.merged_pages("shared") for victim in victims)
-    assert fewest > limit // 8, result
-    if fewest < pages:
+    assert fewest > min(limit // 8, pages - pages // 8), result
+    if fewest < pages - pages // 8:
         assert any("vma" in reason.lower() or "budget" in reason.lower() for reason in skipped), skipped
     victims[0].ask("write 20 3")
     for victim in victims:

@@ -43,7 +43,7 @@ def _policies_in_the_freeze(world: World, guard: int, pair: list[Victim]) -> lis
 @pytest.fixture
 def standing(world: World) -> tuple[World, int, list[Victim]]:
     """A guard that stops itself inside each freeze of a commit, and two victims to merge."""
-    requirements_env.need("root")
+    requirements_env.need("root", "realtime")
     pair = [world.victim("regions", PAGES, 64, seed, "straight") for seed in (1, 2)]
     return world, standstill.start_standing_still(world, "commit-mapped", pair[0]), pair
 

@@ -63,7 +63,7 @@ def test_a_guard_that_is_faster_than_its_targets(world: World) -> None:
     it looks while the caller is still on its way to sleep, and must not read an event before
     it has seen whose it is.
     """
-    requirements_env.need("root")
+    requirements_env.need("root", "realtime")
     processor = {min(os.sched_getaffinity(0))}
     first, second = merged_pair(world, "growth", 32)
     for pid in [first.pid, *world.guard_processes()]:

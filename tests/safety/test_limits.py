@@ -12,6 +12,7 @@ import pytest
 from gpuksm import wire
 from gpuksm.guard.arch.x86_64 import NR
 from gpuksm.linux import ptrace, uffd
+from tests import requirements_env
 from tests.support import processes
 from tests.support.merging import scan_until_merged
 from tests.support.scanner import Scanner
@@ -38,23 +39,24 @@ def content(key):
 for page in range(PAGES):
     ctypes.memmove(at + page * 4096, content(keys[page]), 4096)
 libc.madvise(at, PAGES * 4096, 15)  # MADV_NOHUGEPAGE: alone in its mapping
+SPAN = int(open("/proc/sys/vm/max_map_count").read()) * 2 * 4096
 print("READY area=%#x:%d" % (at, PAGES), flush=True)
 for line in sys.stdin:
     word, *rest = line.split()
     if word == "quit":
         break
     if word == "crowd":
-        crowd = libc.mmap(None, 1 << 30, 0, 0x4022, -1, 0)
+        crowd = libc.mmap(None, SPAN, 0, 0x4022, -1, 0)
         page = 0  # of pairs
         while libc.mprotect(crowd + 2 * page * 4096, 4096, 1) == 0:
             page += 1
         # An odd number of mappings may be left: one more at the end of something.
-        libc.mprotect(crowd + (1 << 30) - 4096, 4096, 1)
+        libc.mprotect(crowd + SPAN - 4096, 4096, 1)
     if word == "spare":
         libc.munmap(crowd + 2 * page * 4096 - 4096 * 2, 4096)
         page -= 1
     if word == "relieve":
-        libc.munmap(crowd, 1 << 30)
+        libc.munmap(crowd, SPAN)
     if word == "discard":
         first, count = map(int, rest)
         assert libc.madvise(at + first * 4096, count * 4096, 4) == 0
@@ -70,6 +72,7 @@ DISCARDS = ("20 1", "30 5", "20 1", "0 1", "60 3")
 
 
 def test_discarding_at_the_limit_of_mappings(each_world: World) -> None:
+    requirements_env.need("map_limit")
     victims = [each_world.python(_CROWDED) for _ in range(2)]
     scan_until_merged(each_world, victims, ["area"])
     victims[0].ask("crowd")
@@ -125,6 +128,7 @@ def test_memory_that_cannot_be_unwatched_is_not_mapped_over(world: World, what: 
 @pytest.mark.parametrize("point", ["event-prepared", "event-unwiped"])
 def test_a_guard_dies_at_the_limit_of_mappings(world: World, point: str) -> None:
     """The successor finds in the ledger what was not wiped; until then it may show."""
+    requirements_env.need("map_limit")
     world.extra_env["GPUKSM_FAULT"] = point
     victims = [world.python(_CROWDED) for _ in range(2)]
     scan_until_merged(world, victims, ["area"])
