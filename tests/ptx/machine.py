@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tests.ptx import operations
 from tests.ptx.errors import PtxError
-from tests.ptx.memory import GlobalMemory, SharedMemory
+from tests.ptx.memory import GlobalMemory, SharedMemory, every, some
 from tests.ptx.parser import (
     Address,
     Immediate,
@@ -124,6 +124,7 @@ class Program:
             None if one.opcode[0] in ("bra", "ret", "exit", "bar") else self._step(one)
             for one in kernel.instructions
         ]
+        self.names = [".".join(one.opcode) for one in kernel.instructions]
         for one in kernel.instructions:
             if one.opcode[0] == "bar" and (
                 one.opcode != ("bar", "sync") or one.operands != (Immediate(0),) or one.guard
@@ -158,15 +159,15 @@ class Program:
         while unit.groups:
             at = min(unit.groups)
             mask = unit.groups.pop(at)
-            unit.full = bool(mask.all())
+            unit.full = every(mask)
             while True:
                 if at in unit.groups:
                     mask = mask | unit.groups.pop(at)
-                    unit.full = bool(mask.all())
+                    unit.full = every(mask)
                 if at >= len(self.steps):
                     raise PtxError(f"{self.kernel.name} runs over its end")
                 instruction = self.kernel.instructions[at]
-                self.machine.executed[".".join(instruction.opcode)] += 1
+                self.machine.executed[self.names[at]] += 1
                 step = self.steps[at]
                 if step is None:
                     self._control(unit, instruction, at, mask)
@@ -201,7 +202,7 @@ class Program:
                 raise PtxError(f"bra.uni that diverges: {instruction.text}")
             places.append((self.kernel.labels[target.name], taken))
         for place, lanes in places:
-            if lanes.any():
+            if some(lanes):
                 unit.groups[place] = unit.groups[place] | lanes if place in unit.groups else lanes
 
     def _release(self, units: Sequence[Unit], blocks: int) -> None:
@@ -217,7 +218,7 @@ class Program:
             for at, mask in unit.waiting.items():
                 arrived[at] += np.bincount(unit.rows[mask], minlength=blocks)
         for at in places:
-            if ((arrived[at] != 0) & (arrived[at] != threads)).any():
+            if some((arrived[at] != 0) & (arrived[at] != threads)):
                 raise PtxError(f"{self.kernel.name}: only some threads of a block reach a barrier")
             self.shared.barrier(arrived[at] != 0)
         for unit in units:
@@ -243,8 +244,8 @@ class Program:
 
         def guarded(unit: Unit, mask: Mask) -> None:
             mask = mask & (self._register(unit, guard, mask) != negated)
-            outer, unit.full = unit.full, bool(mask.all())
-            if mask.any():
+            outer, unit.full = unit.full, every(mask)
+            if some(mask):
                 step(unit, mask)
             unit.full = outer
 
@@ -316,9 +317,9 @@ class Program:
         shuffle = one.opcode[0] == "shfl"
 
         def step(unit: Unit, mask: Mask) -> None:
-            if (read_members(unit, mask)[mask] != word.type(full[1].value)).any():
+            if some(read_members(unit, mask)[mask] != word.type(full[1].value)):
                 raise PtxError("not every lane is a member")
-            if not unit.whole_warps(mask):
+            if not unit.full and not unit.whole_warps(mask):
                 raise PtxError("lanes of a warp are missing")
             rows = read(unit, mask).reshape(-1, WARP)
             if not shuffle:
@@ -326,7 +327,7 @@ class Program:
                 self._set(unit, destination, np.repeat(bits, WARP), mask)
                 return
             steps = read_lanes(unit, mask)[mask]
-            if (read_clamp(unit, mask)[mask] != 31).any() or (steps != steps[0]).any() or steps[0] >= WARP:
+            if some(read_clamp(unit, mask)[mask] != 31) or some(steps != steps[0]) or steps[0] >= WARP:
                 raise PtxError("only butterflies over the whole warp are known")
             self._set(unit, destination, rows[:, np.arange(WARP) ^ int(steps[0])].reshape(-1), mask)
             if inside_to is not None:
@@ -353,22 +354,28 @@ class Program:
         locate = self._address(address, space)
 
         def step(unit: Unit, mask: Mask) -> None:
-            at, threads = locate(unit, mask)[mask], unit.threads[mask]
+            at, threads, rows = locate(unit, mask), unit.threads, unit.rows
+            if not unit.full:
+                at, threads, rows = at[mask], threads[mask], rows[mask]
             if load and space == "global":
                 found = self.machine.memory.load(at, dtype, threads, bool(middle))
             elif load:
                 assert self.shared is not None
-                found = self.shared.load(unit.rows[mask], at, dtype, threads)
+                found = self.shared.load(rows, at, dtype, threads)
             else:
-                values = write(unit, mask)[mask]
+                values = write(unit, mask)
+                values = values if unit.full else values[mask]
                 if space == "global":
                     self.machine.memory.store(at, values, threads)
                 else:
                     assert self.shared is not None
-                    self.shared.store(unit.rows[mask], at, values, threads)
+                    self.shared.store(rows, at, values, threads)
                 return
-            wide = np.zeros(unit.size, _width(register))
-            wide[mask] = found
+            if unit.full:
+                wide = found.astype(_width(register), copy=False)
+            else:
+                wide = np.zeros(unit.size, _width(register))
+                wide[mask] = found
             self._set(unit, register, wide, mask)
 
         if load:
@@ -436,7 +443,7 @@ class Program:
 
     def _register(self, unit: Unit, register: Register, mask: Mask) -> NDArray[np.generic]:
         name = register.name
-        if name not in unit.registers or (name in unit.partly and not unit.partly[name][mask].all()):
+        if name not in unit.registers or (name in unit.partly and not every(unit.partly[name][mask])):
             raise PtxError(f"{name} is read before it is written")
         return unit.registers[name]
 

@@ -6,6 +6,7 @@ listed here.
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -90,8 +91,11 @@ def _kill_at(world: World, point: str, turn: int) -> None:
     _look(victims)
 
 
-@pytest.mark.parametrize("error", ["error", "enomem"])
-@pytest.mark.parametrize("point", POINTS)
+# Each point with one kind of error; with every kind `python -m tests.campaign.faults` goes through them.
+ERRORS = list(zip(POINTS, itertools.cycle(["error", "enomem"]), strict=False))
+
+
+@pytest.mark.parametrize(("point", "error"), ERRORS)
 def test_failed_at(world: World, point: str, error: str) -> None:
     """The same with an error instead of a death: it may cost the scan, never the guard's targets."""
     victims = _victims(world, point)
@@ -140,7 +144,7 @@ def test_a_child_is_served_whatever_fails_after_its_fork_was_read(world: World) 
     _look(victims)
 
 
-@pytest.mark.parametrize("turn", [2, 4, 6, 9])
+@pytest.mark.parametrize("turn", [2, 4, 9])
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit-")])
 def test_killed_while_merging_again(world: World, point: str, turn: int) -> None:
     """Also while pages are replaced that were merged before, and written since."""
