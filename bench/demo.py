@@ -21,7 +21,7 @@ from rich.console import Console
 
 from gpuksm.client import GuardClient
 from gpuksm.errors import GuardError
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings
 from gpuksm.report import text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def scan() -> dict[str, Any]:
 
 def memory(pids: list[int]) -> dict[int, dict[str, int]]:
     """smaps_rollup of each process, in bytes."""
-    return {pid: procfs.smaps_rollup(pid) for pid in pids}
+    return {pid: mappings.smaps_rollup(pid) for pid in pids}
 
 
 def total(found: dict[int, dict[str, int]], name: str) -> int:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.contestants import Gpuksm
 from bench.workload import Processes, Workload, build
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings
 
 SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 MODES = ("never", "advise", "within_size", "always")
@@ -68,7 +68,7 @@ def shmem_enabled(mode: str) -> Iterator[None]:
 def huge(processes: Processes, guard: Gpuksm) -> str:
     """How much of the merged memory is mapped by huge page table entries once it was read."""
     processes.ask("check")
-    mapped = sum(procfs.smaps_rollup(pid).get("ShmemPmdMapped", 0) for pid in processes.pids)
+    mapped = sum(mappings.smaps_rollup(pid).get("ShmemPmdMapped", 0) for pid in processes.pids)
     store = guard.store_bytes() / 2**20
     return f"{mapped / 2**20:.0f} of {3 * 64} MiB mapped huge, the store takes {store:.1f} MiB"
 
@@ -79,7 +79,7 @@ def swap(processes: Processes, guard: Gpuksm) -> str:
     runs = []
     for pid in processes.pids:
         handle = os.pidfd_open(pid)
-        for vma in procfs.maps(pid):
+        for vma in mappings.maps(pid):
             if "gpuksm-store" in vma.path:
                 runs.append((vma.offset, vma.end - vma.start))
                 segment = (ctypes.c_size_t * 2)(vma.start, vma.end - vma.start)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 
 SOURCE = Path(__file__).parent / "workloads" / "pages.c"
 READERS = SOURCE.with_name("readers.c")
@@ -110,7 +110,7 @@ class Processes:
 
     def held_bytes(self) -> int:
         """Sum of PSS without that of shared memory, which nobody here has but gpuksm's store."""
-        rows = [procfs.smaps_rollup(pid) for pid in self.pids]
+        rows = [mappings.smaps_rollup(pid) for pid in self.pids]
         return sum(row["Pss"] + row.get("SwapPss", 0) - row.get("Pss_Shmem", 0) for row in rows)
 
     def table_bytes(self) -> int:

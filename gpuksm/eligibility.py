@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, NotPermitted, TargetGone, Unsupported
-from gpuksm.linux import procfs, seccomp
+from gpuksm.linux import mappings, procfs, seccomp
 from gpuksm.linux._libc import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -189,7 +189,7 @@ def writer_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
 
 def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
     """Why another process may write to its memory just while it is being replaced (hazard 7), or None."""
-    library = None if allow_peer_writes else procfs.maps_match(pid, _PEER_LIBRARIES)
+    library = None if allow_peer_writes else mappings.maps_match(pid, _PEER_LIBRARIES)
     if library is None:
         return None
     return Unsupported(
@@ -209,7 +209,7 @@ def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
         pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
         if pinned != "0":
             return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
-        if procfs.maps_mention(pid, " /[aio]"):
+        if mappings.maps_mention(pid, " /[aio]"):
             return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
     for table in _descriptor_tables(pid):
         targets = procfs.fd_targets(table)
@@ -289,7 +289,7 @@ _FLAG_REASONS = (
 )
 
 
-def vma_reason(entry: procfs.SmapsVma, *, tracked: bool = False) -> str | None:
+def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False) -> str | None:
     """Why no page of this VMA is merged, in one or two words, or None.
 
     PROT_NONE and read-only memory is eligible.  `tracked` says that the guard
@@ -316,7 +316,7 @@ def vma_reason(entry: procfs.SmapsVma, *, tracked: bool = False) -> str | None:
     return None
 
 
-def _resident(entry: procfs.SmapsVma, reason: str) -> int:
+def _resident(entry: mappings.SmapsVma, reason: str) -> int:
     if reason == "hugetlb":
         return entry.hugetlb
     private_file = entry.vma.inode and entry.vma.perms[3] == "p"
@@ -359,7 +359,7 @@ def regions(
     wanted = united(ranges)
     found: list[Region] = []
     skipped: dict[str, int] = {}
-    for entry in procfs.smaps(pid):
+    for entry in mappings.smaps(pid):
         vma = entry.vma
         parts = list(_cut(vma.start, vma.end, wanted))
         if not parts:

@@ -16,7 +16,7 @@ import pytest
 from gpuksm import eligibility
 from gpuksm.errors import NoSuchProcess, Unsupported
 from gpuksm.linux import procfs, seccomp, vm
-from gpuksm.linux.procfs import SmapsVma, Vma
+from gpuksm.linux.mappings import SmapsVma, Vma
 
 PAGE = 4096
 PRELUDE = "import ctypes, mmap, os, socket, sys, time; libc = ctypes.CDLL(None, use_errno=True)\n"

@@ -23,7 +23,7 @@ from gpuksm.guard.children import Orphan, maps_store
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.leftovers import older_agents, unmap_leftovers
 from gpuksm.guard.target import set_coredump_filter
-from gpuksm.linux import procfs, uffd
+from gpuksm.linux import mappings, procfs, uffd
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
@@ -136,7 +136,9 @@ def take_over(guard: Guard, pid: int) -> Target | None:
 
 
 def _is_watched(guard: Guard, pid: int) -> bool:
-    return any(entry.flags & _WATCHED for entry in procfs.smaps(pid) if entry.vma.inode == guard.store.inode)
+    return any(
+        entry.flags & _WATCHED for entry in mappings.smaps(pid) if entry.vma.inode == guard.store.inode
+    )
 
 
 def settle(guard: Guard) -> list[int]:

@@ -35,7 +35,7 @@ from gpuksm.guard import arch, faults, places, sandbox, urgency
 from gpuksm.guard.agent import Agent, Table
 from gpuksm.guard.equipment import Attachment, equip, reserve_mappings, without_agent
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus
-from gpuksm.linux import pidfd, procfs, ptrace, uffd
+from gpuksm.linux import mappings, pidfd, procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 _ATTACH_DEADLINE_NS = 200_000_000
@@ -80,7 +80,8 @@ def attach(
     FeatureMissing.  The target goes on whatever happens.
     """
     # Not in the freeze, which it would prolong: what this says is a wish, and the census is told what is new.
-    far = places.far_place(pid)
+    gap = places.largest_gap(pid)
+    far = gap.place()
     census.sharer_of(pid)
     with urgency.urgent(pid, 0):
         began = time.monotonic_ns()
@@ -103,10 +104,12 @@ def attach(
                 if child.uffd_event is None:
                     raise
                 attachment = without_agent(pid, child.uffd_event)
+                attachment.copy_place = gap.place()
                 child.inside(attachment)
                 return attachment
             if child is not None:
                 attachment = equip(agent, code, gifts, fork_events, child.uffd_event)
+                attachment.copy_place = gap.place()
                 child.inside(attachment)
                 reserve_mappings(agent)
                 return attachment
@@ -117,6 +120,7 @@ def attach(
         pause_us = (time.monotonic_ns() - began) // 1000
     attachment = equip(agent, code, gifts, fork_events, None)
     attachment.pause_us = pause_us
+    attachment.copy_place = gap.place()
     reserve_mappings(agent)
     return attachment
 
@@ -128,8 +132,8 @@ def _open_memory(pid: int) -> int:
 
 def _find_slack(pid: int, memory: int, size: int) -> int:
     """Address of `size` unused (zero) bytes at the end of an executable page; Unsupported when none."""
-    for vma in procfs.maps(pid):
-        if vma.perms[2:] != "xp" or not (vma.inode or vma.path == "[vdso]"):
+    for vma in mappings.maps(pid, perms="..xp"):
+        if not (vma.inode or vma.path == "[vdso]"):
             continue
         try:
             page = os.pread(memory, PAGE_SIZE, vma.end - PAGE_SIZE)

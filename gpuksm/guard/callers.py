@@ -22,7 +22,7 @@ from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.target import Target
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 
 Call = tuple[int, tuple[int, ...]]  # number and arguments of a system call
 
@@ -153,10 +153,10 @@ def _iovec(pid: int, address: int, count: int) -> list[tuple[int, ...]]:
 
 def _before_locked(pid: int, start: int, end: int, advice: int) -> int:
     """Where madvise will stop: at the first locked VMA, which it refuses with EINVAL and leaves alone."""
-    if advice == _DONTNEED_LOCKED or not procfs.locked_kib(pid):
+    if advice == _DONTNEED_LOCKED or not mappings.locked_kib(pid):
         return end
-    flags = procfs.smaps_flags(pid)
-    for vma in procfs.maps(pid):
+    flags = mappings.smaps_flags(pid)
+    for vma in mappings.maps(pid):
         if vma.end > start and vma.start < end and "lo" in flags.get(vma.start, ()):
             return max(start, vma.start)
     return end

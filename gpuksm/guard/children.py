@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from gpuksm import eligibility
 from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal, places
 from gpuksm.guard.equipment import Attachment
@@ -37,7 +39,7 @@ from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target
-from gpuksm.linux import pagemap, procfs, ptrace, uffd
+from gpuksm.linux import census, mappings, pagemap, procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -157,9 +159,8 @@ class Orphan:
             guard.journal.append(journal.DISCARD, self.id, start, end)
             faults.point("child-discard-noted")
         self.barred.add((start, end))
-        vmas = procfs.maps(pid)
-        room = procfs.max_map_count() - len(vmas) - _BOOTSTRAP_MAPPINGS
-        for run in _store_mappings(guard, vmas):
+        room = procfs.max_map_count() - census.count_vmas(pid) - _BOOTSTRAP_MAPPINGS
+        for run in _store_mappings(guard, pid):
             low, high = max(start, run.start), min(end, run.end)
             # Both ends may cost a mapping.  Getting in goes first: without this only our death can do harm.
             if low < high and room >= 2:
@@ -234,7 +235,9 @@ def _settle_ends(guard: Guard, target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
         except OSError:
             target.borders.discard(page)
-    loose = [run.end for run in target.runs if is_loose(target, guard.store, run.end)]
+    followed = itertools.pairwise([*target.runs, None])
+    ends = [run.end for run, after in followed if run and (after is None or after.start != run.end)]
+    loose = [end for end in ends if is_loose(target, guard.store, end)]
     try:
         fix_ends(target, guard.store, guard.journal, loose)
     except RestoreFailed:
@@ -277,24 +280,20 @@ def _in_our_namespace(parent: int, number: int) -> int | None:
 def maps_store(guard: Guard, pid: int) -> bool:
     """Whether process `pid` maps the store."""
     try:
-        return any(vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path for vma in procfs.maps(pid))
+        return mappings.maps_file(pid, guard.store.inode, eligibility.STORE_PATH)
     except (TargetGone, GpuksmError):
         return False
 
 
-def _store_mappings(guard: Guard, vmas: list[procfs.Vma]) -> list[Run]:
-    return [
-        Run(vma.start, vma.end, vma.offset // PAGE_SIZE)
-        for vma in vmas
-        if vma.inode == guard.store.inode and "memfd:gpuksm" in vma.path
-    ]
+def _store_mappings(guard: Guard, pid: int) -> list[Run]:
+    found = mappings.file_mappings(pid, guard.store.inode, eligibility.STORE_PATH)
+    return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
 
 
 def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
     """What the child really maps is what it has merged."""
-    runs = _store_mappings(guard, procfs.maps(target.pid))
-    for run in runs:
-        target.runs.add(run)
+    runs = _store_mappings(guard, target.pid)
+    target.runs.add_all(runs)
     target.borders = {page for page in borders if _may_be_border(target, page)}
     guard.journal.append_runs(journal.MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
 
@@ -302,7 +301,7 @@ def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
 def _may_be_border(target: Target, page: int) -> bool:
     """False where something else has come to lie: the ledger does not tell what was unmapped since."""
     vma = target.query(page)
-    if vma is None or vma.inode or vma.flags & procfs.QUERY_EXEC:
+    if vma is None or vma.inode or vma.flags & mappings.QUERY_EXEC:
         return False
     return not target.is_own(page, page + PAGE_SIZE)
 

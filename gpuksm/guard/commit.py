@@ -36,7 +36,7 @@ from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import PROT_EXEC, Target, protection
 from gpuksm.guard.verify import Piece
-from gpuksm.linux import census, pagemap, procfs
+from gpuksm.linux import census, mappings, pagemap
 from gpuksm.linux._libc import PAGE_SIZE
 
 _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
@@ -102,7 +102,7 @@ class _Prepared(NamedTuple):
     """A table made before the freeze, the mapping that it is for, and pieces with who is behind them."""
 
     batch: Batch
-    vma: procfs.VmaQuery
+    vma: mappings.VmaQuery
     ends: list[tuple[Piece, Piece | None]]
 
 
@@ -208,7 +208,7 @@ class Committer:
         faults.point("prepared")
         return _Prepared(batch, vma, ends)
 
-    def _is_plain(self, target: Target, start: int, end: int, vma: procfs.VmaQuery | None) -> bool:
+    def _is_plain(self, target: Target, start: int, end: int, vma: mappings.VmaQuery | None) -> bool:
         """Whether [start, end) is anonymous memory in one mapping, of which nothing else is known."""
         whole = Piece(0, start, (end - start) // PAGE_SIZE, None)
         return vma is not None and end <= vma.end and self._refusal(target, whole, vma) is None
@@ -229,7 +229,7 @@ class Committer:
 
     def _locked_anew(self, target: Target) -> bool:
         """What is locked must stay so, and which it is takes too long to ask in a freeze."""
-        return procfs.locked_kib(target.pid) != target.known_locked_kib
+        return mappings.locked_kib(target.pid) != target.known_locked_kib
 
     def _calm(self, target: Target, start: int, end: int) -> list[tuple[int, int]]:
         """Ranges in [start, end) of pages that may be replaced, by what the kernel says of each."""
@@ -246,7 +246,7 @@ class Committer:
         parts = _intersect(pieces, self._calm(target, pieces[0].addr, pieces[-1].end))
         self.outcome.skip("written", sum(p.pages for p in pieces) - sum(p.pages for p in parts))
         valid: list[tuple[Piece, int]] = []
-        vma: procfs.VmaQuery | None = None
+        vma: mappings.VmaQuery | None = None
         for part in parts:
             at = part
             while True:
@@ -265,11 +265,11 @@ class Committer:
                 at = Piece(at.record, at.addr + pages * PAGE_SIZE, at.pages - pages, slot)
         return valid
 
-    def _refusal(self, target: Target, piece: Piece, vma: procfs.VmaQuery | None) -> str | None:
+    def _refusal(self, target: Target, piece: Piece, vma: mappings.VmaQuery | None) -> str | None:
         if vma is None:
             return "unmapped"
         merged = target.runs.overlapping(piece.addr, piece.end)
-        if vma.flags & procfs.QUERY_SHARED or (vma.inode and not self._is_run(piece, vma, merged)):
+        if vma.flags & mappings.QUERY_SHARED or (vma.inode and not self._is_run(piece, vma, merged)):
             return "not-anonymous"
         if vma.flags & PROT_EXEC:
             return "executable"
@@ -283,7 +283,7 @@ class Committer:
             return "moved"
         return None
 
-    def _is_run(self, piece: Piece, vma: procfs.VmaQuery, merged: list[Run]) -> bool:
+    def _is_run(self, piece: Piece, vma: mappings.VmaQuery, merged: list[Run]) -> bool:
         """True when all of `piece` is one merged run by our books and by the kernel's."""
         if vma.inode != self.store.inode or len(merged) != 1 or merged[0].pages != piece.pages:
             return False

@@ -39,6 +39,7 @@ class Attachment:
     agent_held: tuple[int, ...]  # word, store, ledger, both ends of the attic
     code: int
     pause_us: int = 0  # how long attaching has stopped the process
+    copy_place: int = 0  # where memory may be copied to, before it is moved; 0: not known
 
     def stay(self, target: int) -> None:
         """The agent stays with the target of this id until it has our word; TargetGone."""

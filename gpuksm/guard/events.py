@@ -43,7 +43,7 @@ from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import MAP_FIXED, Target, protection
-from gpuksm.linux import procfs, uffd
+from gpuksm.linux import mappings, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 _MREMAP_FIXED, MREMAP_DONTUNMAP = 2, 4
@@ -132,7 +132,7 @@ def _before_reading(
         _unmapped(host, target, arguments[0], arguments[0] + _round_up(arguments[1]), freeze)
     elif number == nr.BRK:
         start = _round_up(arguments[0])
-        behind = procfs.query_vma(target.maps, start)
+        behind = mappings.query_vma(target.maps, start)
         _unmapped(host, target, start, behind.start if behind is not None else start + PAGE_SIZE, freeze)
 
 
@@ -175,7 +175,7 @@ def _absent(host: Host, target: Target, run: Run) -> Iterator[tuple[int, int]]:
     """Parts of `run` where the store is not mapped any more."""
     at = run.start
     while at < run.end:
-        vma = procfs.query_vma(target.maps, at)
+        vma = mappings.query_vma(target.maps, at)
         stop = min(run.end, _next_change(vma, at))
         if not _maps(host, vma, at, run.slot + (at - run.start) // PAGE_SIZE):
             yield at, stop
@@ -218,7 +218,7 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
             _keep_watched(host, target, failed)
 
 
-def _add_zeros(target: Target, table: Table, start: int, end: int, vma: procfs.VmaQuery) -> int:
+def _add_zeros(target: Target, table: Table, start: int, end: int, vma: mappings.VmaQuery) -> int:
     """Replace [start, end), in the merged mapping `vma`, by zeros as protected and locked as that."""
     index = target.add_map_zeros(table, start, end - start, protection(vma))
     if target.locked(vma.start):
@@ -317,13 +317,13 @@ def _arrived(
     A call over several VMAs may fail after some have moved.  MREMAP_DONTUNMAP leaves
     them where they were too; of watched memory it moves none but the first.
     """
-    first = procfs.query_vma(target.maps, old) if keeps else None
+    first = mappings.query_vma(target.maps, old) if keeps else None
     for run in moved:
         at, end = run.start, min(run.end, kept_end)
         while at < end:
             slot = run.slot + (at - run.start) // PAGE_SIZE
-            there = procfs.query_vma(target.maps, at + delta)
-            here = procfs.query_vma(target.maps, at)
+            there = mappings.query_vma(target.maps, at + delta)
+            here = mappings.query_vma(target.maps, at)
             stop = min(end, *(_next_change(vma, x) - x + at for vma, x in ((there, at + delta), (here, at))))
             left = not _maps(host, here, at, slot)
             if keeps:
@@ -334,14 +334,14 @@ def _arrived(
             at = stop
 
 
-def _maps(host: Host, vma: procfs.VmaQuery | None, at: int, slot: int) -> bool:
+def _maps(host: Host, vma: mappings.VmaQuery | None, at: int, slot: int) -> bool:
     """Whether `vma`, the first that ends behind `at`, maps `slot` of the store there."""
     if vma is None or vma.start > at or vma.inode != host.store.inode:
         return False
     return vma.offset + at - vma.start == slot * PAGE_SIZE
 
 
-def _next_change(vma: procfs.VmaQuery | None, at: int) -> int:
+def _next_change(vma: mappings.VmaQuery | None, at: int) -> int:
     """Where something else begins behind `at`, `vma` being the first that ends behind it."""
     if vma is None:
         return 1 << 63
@@ -355,8 +355,8 @@ def _round_up(size: int) -> int:
 def _find_moved(host: Host, target: Target, first: Run, old: int) -> int | None:
     """Where the range that began at `old` is now: the place that maps its slots and is not in the ledger."""
     offset = first.slot * PAGE_SIZE
-    for vma in procfs.maps(target.pid):
-        if vma.inode != host.store.inode or not vma.offset <= offset < vma.offset + vma.end - vma.start:
+    for vma in mappings.maps(target.pid, inode=host.store.inode):
+        if not vma.offset <= offset < vma.offset + vma.end - vma.start:
             continue
         at = vma.start + offset - vma.offset
         if target.runs.at(at) is None:
@@ -392,7 +392,7 @@ def forget_store(host: Host, target: Target, start: int, end: int) -> None:
     mapped: list[tuple[int, Run]] = []
     at = start
     while at < end and table.room(3, 32):
-        vma = procfs.query_vma(target.maps, at)
+        vma = mappings.query_vma(target.maps, at)
         if vma is None or vma.start >= end:
             break
         low, high = max(at, vma.start), min(end, vma.end)

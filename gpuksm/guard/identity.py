@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator
 
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.linux import pagemap, procfs, uffd
+from gpuksm.linux import mappings, pagemap, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 _TRIES = 16
@@ -59,8 +59,7 @@ def watches(uffd_event: int, pid: int) -> bool | None:
 
 def _plain_pages(pid: int, table: int) -> Iterator[int]:
     """Some first pages of plain writable memory that no userfaultfd has, of the smallest mappings first."""
-    plain = [vma for vma in procfs.maps(pid) if vma.perms == "rw-p" and not vma.inode]
-    plain = [vma for vma in plain if not vma.path or vma.path == "[heap]"]
+    plain = [vma for vma in mappings.maps(pid, perms="rw-p", inode=0) if vma.path in ("", "[heap]")]
     left = _TRIES
     for vma in sorted(plain, key=lambda vma: vma.end - vma.start):
         if not _registered(table, vma.start):
@@ -71,7 +70,7 @@ def _plain_pages(pid: int, table: int) -> Iterator[int]:
 
 
 def _is_plain(pid: int, page: int) -> bool:
-    return any(vma.start <= page < vma.end and not vma.inode for vma in procfs.maps(pid))
+    return any(vma.start <= page < vma.end for vma in mappings.maps(pid, inode=0))
 
 
 def _registered(table: int, page: int) -> bool:

@@ -12,7 +12,7 @@ import os
 from gpuksm.guard import arch
 from gpuksm.guard.agent import Table
 from gpuksm.guard.equipment import Attachment
-from gpuksm.linux import procfs, uffd
+from gpuksm.linux import mappings, procfs, uffd
 
 _MOST_LEFTOVERS = 256
 _ALL_SIGNALS = "fffffffffffbfeff"  # but SIGKILL and SIGSTOP, in /proc/PID/status
@@ -24,9 +24,9 @@ def unmap_leftovers(attachment: Attachment, memory: int) -> None:
     pid, mine = attachment.agent.pid, attachment.agent.tid
     if older_agents(pid, mine):
         return
-    for vma in procfs.maps(pid):
+    for vma in mappings.maps(pid, perms="r-xp", inode=0):
         # Pages of several agents that lie side by side are one mapping.
-        if vma.perms != "r-xp" or vma.inode or vma.end - vma.start > _MOST_LEFTOVERS * x86.CODE_BYTES:
+        if vma.end - vma.start > _MOST_LEFTOVERS * x86.CODE_BYTES:
             continue
         for page in range(vma.start, vma.end, x86.CODE_BYTES):
             if page != attachment.code and os.pread(memory, len(x86.AGENT), page) == x86.AGENT:

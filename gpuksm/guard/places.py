@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import NamedTuple
 
 from gpuksm.errors import TargetGone
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings
 from gpuksm.linux._libc import PAGE_SIZE
 
 HIGHEST = 1 << 47  # of x86-64 without asking for more
 
 
-def far_place(pid: int) -> int:
-    """Address of a page somewhere in the largest gap of a process's address space; TargetGone.
+class Gap(NamedTuple):
+    """Addresses where a process has nothing."""
 
-    By chance: nobody else, who asks for an address there, has the same.
+    start: int
+    end: int
+
+    def place(self) -> int:
+        """Address of a page far within, by chance: nobody else who asks for one there has the same."""
+        size = self.end - self.start
+        offset = (size // 4 + random.SystemRandom().randrange(max(1, size // 2))) // PAGE_SIZE * PAGE_SIZE
+        return self.start + offset
+
+
+def largest_gap(pid: int) -> Gap:
+    """The largest gap of a process's address space; TargetGone.
+
+    Takes 15 ms where a process has 30,000 mappings: not to be asked for while it stands still.
     """
-    vmas = [vma for vma in procfs.maps(pid) if vma.end <= HIGHEST]
-    if len(vmas) < 2:
+    stretches = [stretch for stretch in mappings.mapped(pid) if stretch[1] <= HIGHEST]
+    if len(stretches) < 2:
         raise TargetGone(f"process {pid} has exited")
-    gap, end = max((high.start - low.end, high.start) for low, high in itertools.pairwise(vmas))
-    offset = (gap // 4 + random.SystemRandom().randrange(max(1, gap // 2))) // PAGE_SIZE * PAGE_SIZE
-    return end - gap + offset
+    return max(
+        (Gap(low[1], high[0]) for low, high in itertools.pairwise(stretches)),
+        key=lambda gap: gap.end - gap.start,
+    )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 
+from gpuksm import eligibility
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard.store import Store
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 from gpuksm.linux._libc import PAGE_SIZE
 
 _AGAIN_SECONDS = 1.0
@@ -51,10 +52,9 @@ def reclaim(store: Store, born: int) -> int | None:
     pieces: list[tuple[int, int]] = []
     for pid in procfs.pids():
         try:
-            for vma in procfs.maps(pid):
-                if vma.inode == store.inode and vma.path.startswith("/memfd:gpuksm-store"):
-                    first = vma.offset // PAGE_SIZE
-                    pieces.append((first, first + (vma.end - vma.start) // PAGE_SIZE))
+            for start, end, offset in mappings.file_mappings(pid, store.inode, eligibility.STORE_PATH):
+                first = offset // PAGE_SIZE
+                pieces.append((first, first + (end - start) // PAGE_SIZE))
         except TargetGone:
             continue
         except NotPermitted:

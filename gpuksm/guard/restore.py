@@ -40,7 +40,7 @@ from gpuksm.guard.target import (
     Target,
     protection,
 )
-from gpuksm.linux import procfs, vm
+from gpuksm.linux import mappings, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
 
@@ -84,14 +84,14 @@ def restore_piece(target: Target, journal: Journal, start: int, end: int, *, bor
                 target.borders.add(page)
                 journal.append(BORDER, target.id, page)
         else:
-            any_locked = procfs.locked_kib(target.pid) != 0
+            any_locked = mappings.locked_kib(target.pid) != 0
             locked = any_locked and target.locked(vma.start)
             stop = min(end, vma.end) if any_locked else _end_of_alike(target, vma, end)
             _restore_part(target, journal, start, stop, protection(vma), locked, border)
         start = stop
 
 
-def _end_of_alike(target: Target, vma: procfs.VmaQuery, end: int) -> int:
+def _end_of_alike(target: Target, vma: mappings.VmaQuery, end: int) -> int:
     """Where the merged memory ends that can be given back with that of `vma`, `end` at most."""
     at = vma.end
     while at < end:
@@ -127,18 +127,18 @@ def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:
     """Map memory for a copy of what is at `goal`, noted before that; its address."""
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     for _ in range(_PLACES):
-        place = target.copy_place or places.far_place(target.pid)
+        place = target.link.copy_place or places.largest_gap(target.pid).place()
         journal.append(COPY, target.id, place, size, goal)
         faults.point("restore-noted")
         try:
             target.link.agent.call(arch.current().NR.MMAP, place, size, PROT_READ | PROT_WRITE, flags, -1, 0)
         except OSError as error:
-            target.copy_place = 0
+            target.link.copy_place = 0
             if error.errno == errno.EEXIST:
                 continue  # something has come to lie there
             raise RestoreFailed(f"process {target.pid} cannot map memory: {error}") from None
         faults.point("restore-mapped")
-        target.copy_place = place
+        target.link.copy_place = place
         return place
     raise RestoreFailed(f"process {target.pid} has no place for a copy of {size} bytes")
 

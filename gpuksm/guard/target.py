@@ -12,7 +12,7 @@ from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import COREDUMP, Journal
 from gpuksm.guard.runs import Runs
-from gpuksm.linux import pagemap, procfs, uffd
+from gpuksm.linux import mappings, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -33,7 +33,6 @@ class Target:
     tracking bits cannot be trusted until the next arm (something was moved there).
     `allow_direct_io`: descriptors through which devices might write do not matter.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
-    `copy_place`: where memory is copied to before it is moved; 0 while that is not known.
     """
 
     id: int
@@ -59,7 +58,6 @@ class Target:
     pauses_us: list[int] = field(default_factory=list)
     closed: bool = False
     allow_direct_io: bool = False
-    copy_place: int = 0
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:
@@ -70,7 +68,7 @@ class Target:
             fds.append(pagemap.open_pagemap(pid))
             with procfs.errors_of(pid):
                 fds.append(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
-            fds.append(procfs.open_maps(pid))
+            fds.append(mappings.open_maps(pid))
         except (TargetGone, NotPermitted):
             for fd in fds:
                 os.close(fd)
@@ -85,9 +83,9 @@ class Target:
         """False once the process has exited or called exec: then all we know of it is void."""
         return not self.closed and self.link.agent.exists()
 
-    def query(self, address: int) -> procfs.VmaQuery | None:
+    def query(self, address: int) -> mappings.VmaQuery | None:
         """The VMA that covers `address`, or None."""
-        return procfs.query_vma(self.maps, address, or_next=False)
+        return mappings.query_vma(self.maps, address, or_next=False)
 
     def is_own(self, start: int, end: int) -> bool:
         """True when the agent's code page or control block lies in [start, end)."""
@@ -172,7 +170,7 @@ class Target:
 
     def locked(self, start: int) -> bool:
         """True when the VMA that begins at `start` is locked; cheap where nothing is."""
-        return bool(procfs.locked_kib(self.pid)) and "lo" in procfs.smaps_flags(self.pid).get(start, ())
+        return bool(mappings.locked_kib(self.pid)) and "lo" in mappings.smaps_flags(self.pid).get(start, ())
 
     def add_map_zeros(self, table: Table, start: int, length: int, prot: int) -> int:
         """Replace merged [start, start + length) by fresh anonymous memory."""
@@ -210,11 +208,11 @@ class Target:
 
     def _unlocked(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """`ranges` (sorted, disjoint) without locked memory, of which there is `known_locked_kib` now."""
-        self.known_locked_kib = procfs.locked_kib(self.pid)
+        self.known_locked_kib = mappings.locked_kib(self.pid)
         if not self.known_locked_kib:
             return ranges
         left = []
-        locked = [entry.vma for entry in procfs.smaps(self.pid) if "lo" in entry.flags]
+        locked = [entry.vma for entry in mappings.smaps(self.pid) if "lo" in entry.flags]
         for start, end in ranges:
             at = start
             for vma in locked:
@@ -296,6 +294,6 @@ def set_coredump_filter(pid: int, value: int) -> None:
         return
 
 
-def protection(vma: procfs.VmaQuery) -> int:
+def protection(vma: mappings.VmaQuery) -> int:
     """PROT_* bits of a VMA (QUERY_READ, WRITE, EXEC are the same bits)."""
     return vma.flags & (PROT_READ | PROT_WRITE | PROT_EXEC)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gpuksm import eligibility
 from gpuksm.guard.target import Target
-from gpuksm.linux import pagemap, procfs
+from gpuksm.linux import mappings, pagemap
 
 _ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
 _WRITTEN = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_WPALLOWED
@@ -91,7 +91,7 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
     found: list[Range] = []
     at = start
     while at < end:
-        vma = procfs.query_vma(target.maps, at)
+        vma = mappings.query_vma(target.maps, at)
         if vma is None or vma.start >= end:
             break
         low, high = max(at, vma.start), min(end, vma.end)

@@ -1,4 +1,4 @@
-"""/proc/PID parsing: maps, smaps, status, stat, threads, descriptors.
+"""/proc/PID parsing: status, stat, threads, descriptors; see mappings.py for what lies where.
 
 Functions take a pid and return plain values.  What a process chooses (its name,
 file names, names of anonymous memory) may hold any byte: lines are cut at the
@@ -11,68 +11,19 @@ Formats: Documentation/filesystems/proc.rst.
 from __future__ import annotations
 
 import errno
-import fcntl
-import itertools
 import os
-import re
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.linux._libc import PAGE_SIZE, unsupported
+from gpuksm.linux._libc import PAGE_SIZE
 
 _READ_BYTES = 1 << 20
-_MAPS_LINE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-][sp]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$",
-    re.MULTILINE,
-)
-_HUGETLB = (b"\nPrivate_Hugetlb:", b"\nShared_Hugetlb:")
 _GONE = (errno.ENOENT, errno.ESRCH)
 _DENIED = (errno.EACCES, errno.EPERM)
-
-# struct procmap_query, include/uapi/linux/fs.h, since Linux 6.11 (ed5d583a88a9).
-_QUERY = struct.Struct("=9Q4I2Q")
-_PROCMAP_QUERY = 0xC0686611
-_QUERY_COVERING_OR_NEXT = 0x10
-QUERY_READ, QUERY_WRITE, QUERY_EXEC, QUERY_SHARED = 1, 2, 4, 8
-
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 PF_KTHREAD = 0x00200000  # include/linux/sched.h, the flags field of /proc/PID/stat
-
-
-class Vma(NamedTuple):
-    """One line of /proc/PID/maps; `start`, `end`, `offset` in bytes."""
-
-    start: int
-    end: int
-    perms: str
-    offset: int
-    dev: str
-    inode: int
-    path: str
-
-
-class SmapsVma(NamedTuple):
-    """One VMA of /proc/PID/smaps; sizes in bytes."""
-
-    vma: Vma
-    flags: frozenset[str]
-    rss: int
-    anonymous: int
-    hugetlb: int
-    protection_key: int
-
-
-class VmaQuery(NamedTuple):
-    """What PROCMAP_QUERY says of one VMA; `flags` are QUERY_* bits, `offset` in bytes."""
-
-    start: int
-    end: int
-    flags: int
-    offset: int
-    inode: int
 
 
 class Stat(NamedTuple):
@@ -102,7 +53,8 @@ def errors_of(pid: int) -> Iterator[None]:
         raise
 
 
-def _read(pid: int, name: str) -> bytes:
+def read(pid: int, name: str) -> bytes:
+    """All of /proc/PID/name; TargetGone, NotPermitted."""
     with errors_of(pid):
         fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -114,99 +66,9 @@ def _read(pid: int, name: str) -> bytes:
     return b"".join(chunks)
 
 
-def _text(raw: bytes) -> str:
+def text(raw: bytes) -> str:
+    """What a process may have chosen, as text that encodes back to the same bytes."""
     return raw.decode("utf-8", "surrogateescape")
-
-
-def _vma(start: bytes, end: bytes, perms: bytes, offset: bytes, dev: bytes, inode: bytes, path: bytes) -> Vma:
-    # The kernel writes a newline within a path as the four characters \\012.
-    name = _text(path.replace(b"\\012", b"\n")) if path else ""
-    return Vma(int(start, 16), int(end, 16), perms.decode(), int(offset, 16), dev.decode(), int(inode), name)
-
-
-def parse_maps(data: bytes) -> list[Vma]:
-    """The VMAs of a maps file, in address order; lines of another shape are left out."""
-    return [_vma(*fields) for fields in _MAPS_LINE.findall(data)]
-
-
-def maps(pid: int) -> list[Vma]:
-    """Every VMA of process `pid`, in address order; empty for kernel threads and zombies."""
-    return parse_maps(_read(pid, "maps"))
-
-
-def maps_mention(pid: int, name: str) -> bool:
-    """Whether a mapping of process `pid` is of a file whose path contains `name`; nothing is parsed."""
-    return name.encode() in _read(pid, "maps")
-
-
-def maps_match(pid: int, pattern: re.Pattern[bytes]) -> str | None:
-    """The first group of `pattern` where a line of /proc/PID/maps matches, or None; nothing is parsed."""
-    found = pattern.search(_read(pid, "maps"))
-    return None if found is None else _text(found[1])
-
-
-def parse_smaps(data: bytes) -> list[SmapsVma]:
-    """The VMAs of a smaps file, in address order; a VMA without its VmFlags line is left out.
-
-    Cut at the line each VMA ends with, as there may be 60,000 of twenty-five lines each.
-    """
-    known: dict[bytes, frozenset[str]] = {}
-    result: list[SmapsVma] = []
-    blocks = (b"\n" + data).split(b"\nVmFlags:")
-    for block, behind in itertools.pairwise(blocks):
-        # What a block begins with is the rest of the flags before it.
-        head = _MAPS_LINE.search(block, block.find(b"\n") + 1)
-        if head is None:
-            continue
-        flags = behind.partition(b"\n")[0]
-        if flags not in known:
-            known[flags] = frozenset(_text(flags).split())
-        huge = "ht" in known[flags]
-        result.append(
-            SmapsVma(
-                _vma(*head.groups()),
-                known[flags],
-                _smaps_number(block, b"\nRss:") * 1024,
-                _smaps_number(block, b"\nAnonymous:") * 1024,
-                sum(_smaps_number(block, name) for name in _HUGETLB) * 1024 if huge else 0,
-                _smaps_number(block, b"\nProtectionKey:"),
-            )
-        )
-    return result
-
-
-def _smaps_number(block: bytes, name: bytes) -> int:
-    at = block.find(name)
-    if at < 0:
-        return 0
-    word = block[at + len(name) : at + len(name) + 32].split(None, 1)
-    return int(word[0]) if word and word[0].isdigit() else 0
-
-
-def smaps(pid: int) -> list[SmapsVma]:
-    """Every VMA of process `pid` with what smaps adds; the kernel walks all its page tables for this."""
-    return parse_smaps(_read(pid, "smaps"))
-
-
-def locked_kib(pid: int) -> int:
-    """How much memory of process `pid` is locked (mlock), in KiB."""
-    return _smaps_number(_read(pid, "status"), b"\nVmLck:")
-
-
-def smaps_flags(pid: int) -> dict[int, frozenset[str]]:
-    """{VMA start: its VmFlags, two letters each} of process `pid`; costs as much as `smaps`."""
-    return {entry.vma.start: entry.flags for entry in smaps(pid)}
-
-
-def smaps_rollup(pid: int) -> dict[str, int]:
-    """Sums over all VMAs of process `pid` in bytes, under the kernel's names (Rss, Pss_Anon...)."""
-    result = {}
-    for line in _read(pid, "smaps_rollup").split(b"\n")[1:]:
-        name, _, value = line.partition(b":")
-        words = value.split()
-        if len(words) == 2 and words[1] == b"kB" and words[0].isdigit():
-            result[_text(name)] = int(words[0]) * 1024
-    return result
 
 
 def _parse_status(data: bytes) -> dict[str, str]:
@@ -214,13 +76,13 @@ def _parse_status(data: bytes) -> dict[str, str]:
     for line in data.split(b"\n"):
         name, colon, value = line.partition(b":")
         if colon:
-            result.setdefault(_text(name), _text(value.strip()))
+            result.setdefault(text(name), text(value.strip()))
     return result
 
 
 def status(pid: int) -> dict[str, str]:
     """The lines of /proc/PID/status by name; values as written, spaces around them removed."""
-    return _parse_status(_read(pid, "status"))
+    return _parse_status(read(pid, "status"))
 
 
 def parse_stat(data: bytes) -> Stat:
@@ -232,8 +94,8 @@ def parse_stat(data: bytes) -> Stat:
         raise ValueError("not a stat file")
     return Stat(
         pid=int(head),
-        comm=_text(comm),
-        state=_text(fields[0]),
+        comm=text(comm),
+        state=text(fields[0]),
         ppid=int(fields[1]),
         flags=int(fields[6]),
         num_threads=int(fields[17]),
@@ -245,7 +107,7 @@ def parse_stat(data: bytes) -> Stat:
 
 def memory_size(pid: int) -> int:
     """Pages that process `pid` has mapped in all (/proc/PID/statm); TargetGone also once it is a zombie."""
-    size = int(_read(pid, "statm").split()[0])
+    size = int(read(pid, "statm").split()[0])
     if not size:
         raise TargetGone(f"process {pid} has exited")
     return size
@@ -253,7 +115,7 @@ def memory_size(pid: int) -> int:
 
 def resident_size(pid: int) -> int:
     """Pages of process `pid` that are in memory, of files too (/proc/PID/statm)."""
-    return int(_read(pid, "statm").split()[1])
+    return int(read(pid, "statm").split()[1])
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
@@ -281,28 +143,28 @@ def user(pid: int) -> int:
 
 def stat(pid: int) -> Stat:
     """/proc/PID/stat of process `pid`."""
-    return parse_stat(_read(pid, "stat"))
+    return parse_stat(read(pid, "stat"))
 
 
 def thread_status(pid: int, tid: int) -> dict[str, str]:
     """The lines of /proc/PID/task/TID/status by name."""
-    return _parse_status(_read(pid, f"task/{tid}/status"))
+    return _parse_status(read(pid, f"task/{tid}/status"))
 
 
 def thread_activity(pid: int, tid: int) -> tuple[str, int]:
     """State letter of thread `tid`, and nanoseconds of CPU time it has used (kept current by the tick)."""
-    state = parse_stat(_read(pid, f"task/{tid}/stat")).state
-    return state, int(_read(pid, f"task/{tid}/schedstat").split()[0])
+    state = parse_stat(read(pid, f"task/{tid}/stat")).state
+    return state, int(read(pid, f"task/{tid}/schedstat").split()[0])
 
 
 def thread_processor(pid: int, tid: int) -> int:
     """The processor that thread `tid` ran on last."""
-    return int(_read(pid, f"task/{tid}/stat").rpartition(b")")[2].split()[36])
+    return int(read(pid, f"task/{tid}/stat").rpartition(b")")[2].split()[36])
 
 
 def command_line(pid: int) -> list[str]:
     """The arguments of process `pid`; empty for kernel threads and zombies."""
-    return _text(_read(pid, "cmdline")).split("\0")[:-1]
+    return text(read(pid, "cmdline")).split("\0")[:-1]
 
 
 def in_first_user_namespace() -> bool:
@@ -351,7 +213,7 @@ def children(pid: int) -> list[int]:
     found: set[int] = set()
     for tid in threads(pid):
         try:
-            found.update(int(word) for word in _read(pid, f"task/{tid}/children").split())
+            found.update(int(word) for word in read(pid, f"task/{tid}/children").split())
         except TargetGone:
             # The thread ended, or the kernel lacks CONFIG_PROC_CHILDREN.
             if not os.path.exists("/proc/thread-self/children"):
@@ -383,7 +245,7 @@ def pids() -> list[int]:
 
 def thread_syscall(pid: int, tid: int) -> tuple[int, tuple[int, ...]] | None:
     """(number, six arguments) of the system call thread `tid` waits in; None when it runs or is in none."""
-    words = _read(pid, f"task/{tid}/syscall").split()
+    words = read(pid, f"task/{tid}/syscall").split()
     if len(words) < 7 or words[0] == b"-1":
         return None
     return int(words[0]), tuple(int(word, 16) for word in words[1:7])
@@ -391,7 +253,7 @@ def thread_syscall(pid: int, tid: int) -> tuple[int, tuple[int, ...]] | None:
 
 def wchan(pid: int, tid: int) -> str:
     """The kernel function thread `tid` sleeps in; "" when it does not sleep or the kernel does not tell."""
-    name = _text(_read(pid, f"task/{tid}/wchan").strip())
+    name = text(read(pid, f"task/{tid}/wchan").strip())
     return "" if name == "0" else name
 
 
@@ -415,7 +277,7 @@ def fd_targets(pid: int) -> dict[int, str]:
 
 def fdinfo(pid: int, fd: int) -> str:
     """The text of /proc/PID/fdinfo/FD."""
-    return _text(_read(pid, f"fdinfo/{fd}"))
+    return text(read(pid, f"fdinfo/{fd}"))
 
 
 def fd_mode(pid: int, fd: int) -> os.stat_result:
@@ -433,44 +295,4 @@ def socket_protocol(pid: int, fd: int) -> str:
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 return ""
             raise
-    return _text(name.rstrip(b"\0"))
-
-
-def open_maps(pid: int) -> int:
-    """A descriptor of /proc/PID/maps for `query_vma`; the caller closes it."""
-    with errors_of(pid):
-        return os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def query_vma(fd: int, address: int, *, or_next: bool = True) -> VmaQuery | None:
-    """The VMA that covers `address`, or with `or_next` the first one above it; None where there is none.
-
-    `fd` is a descriptor of /proc/PID/maps.  Raises TargetGone when the process
-    is gone and OSError(ENOTTY) on kernels that do not know PROCMAP_QUERY.
-    """
-    flags = _QUERY_COVERING_OR_NEXT if or_next else 0
-    argument = bytearray(_QUERY.pack(_QUERY.size, flags, address, *([0] * 12)))
-    try:
-        fcntl.ioctl(fd, _PROCMAP_QUERY, argument)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        if error.errno == errno.ESRCH:
-            raise TargetGone("the process is gone") from None
-        raise
-    _, _, _, start, end, vma_flags, _, offset, inode, *_ = _QUERY.unpack(argument)
-    return VmaQuery(start, end, vma_flags, offset, inode)
-
-
-def has_query_vma() -> bool:
-    """Whether this kernel answers PROCMAP_QUERY."""
-    fd = open_maps(os.getpid())
-    try:
-        query_vma(fd, 0)
-    except OSError as error:
-        if unsupported(error):
-            return False
-        raise
-    finally:
-        os.close(fd)
-    return True
+    return text(name.rstrip(b"\0"))

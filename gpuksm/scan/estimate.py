@@ -22,7 +22,7 @@ from gpuksm.hashing import select
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.hashing.sort import KERNELS as SORT_KERNELS
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 from gpuksm.scan import nodes
 from gpuksm.scan.columns import COLUMN_KERNELS, I64, PAGE_BYTES
 from gpuksm.scan.planner import Plan, make_plan
@@ -125,7 +125,7 @@ def _opened(
             subject.name = procfs.stat(target.pid).comm
             if error is None:
                 found, subject.skipped = eligibility.regions(target.pid, target.ranges, tracked=True)
-                subject.budget = procfs.max_map_count() // 2 - len(procfs.maps(target.pid))
+                subject.budget = procfs.max_map_count() // 2 - len(mappings.maps(target.pid))
                 subject.resident = procfs.resident_size(target.pid)
                 subject.tracker = Tracker(target.pid, found, passive=True, by_node=by_node)
         except (TargetGone, NotPermitted) as trouble:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 
 VMA_BYTES = 256  # vm_area_struct (192) and its share of the maple tree's nodes, /proc/slabinfo
 
@@ -27,7 +27,7 @@ class Held(NamedTuple):
 def held(pid: int) -> Held | None:
     """What process `pid` holds now; None when it is gone."""
     try:
-        rollup = procfs.smaps_rollup(pid)
+        rollup = mappings.smaps_rollup(pid)
         tables = procfs.status(pid).get("VmPTE", "0 kB").split()[0]
     except (TargetGone, NotPermitted):
         return None

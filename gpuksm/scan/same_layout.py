@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings
 from gpuksm.scan.columns import PAGE_BYTES, U64
 from gpuksm.scan.nodes import apart, taken
 from gpuksm.scan.planner import Plan
@@ -33,7 +33,7 @@ _PROGRAM, _HEAP, _STACK, _MMAP, _KERNEL = range(5)
 class Areas:
     """The mappings of a process as columns, each with its area's tag and base."""
 
-    def __init__(self, mappings: list[procfs.Vma]) -> None:
+    def __init__(self, mappings: list[mappings.Vma]) -> None:
         mapped = [vma for vma in mappings if vma.path != "[vsyscall]"]
         program = next((vma.path for vma in mapped if vma.path.startswith("/")), "")
         stack = next((vma for vma in mapped if vma.path == "[stack]"), None)
@@ -55,11 +55,11 @@ class Areas:
         self.bases = np.array([bases[area] for area in areas], np.uint64)
 
 
-def _given_by_mmap(vma: procfs.Vma, stack: procfs.Vma | None) -> bool:
+def _given_by_mmap(vma: mappings.Vma, stack: mappings.Vma | None) -> bool:
     return not vma.path.startswith("[v") and (stack is None or vma.end <= stack.start)
 
 
-def _area_of(vma: procfs.Vma, program: str) -> int:
+def _area_of(vma: mappings.Vma, program: str) -> int:
     if program and vma.path == program:
         return _PROGRAM
     if vma.path.startswith("[v"):
@@ -100,7 +100,7 @@ def same_layout_pages(
     done = 0
     for number, tracker in enumerate(living):
         try:
-            areas = Areas(procfs.maps(tracker.pid))
+            areas = Areas(mappings.maps(tracker.pid))
         except (TargetGone, NotPermitted):
             continue
         index = np.flatnonzero(alone & (pages.target == number))

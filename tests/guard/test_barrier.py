@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gpuksm.guard import children
-from gpuksm.linux import procfs, uffd, vm
+from gpuksm.linux import mappings, uffd, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from tests import requirements_env
 
@@ -42,7 +42,7 @@ def merged() -> Iterator[tuple[Any, int, int]]:
 
 
 def _barred(start: int) -> bool:
-    return "ui" in procfs.smaps_flags(os.getpid())[start]
+    return "ui" in mappings.smaps_flags(os.getpid())[start]
 
 
 @pytest.mark.parametrize("by_the_guard_before", [False, True])

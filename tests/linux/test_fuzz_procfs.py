@@ -7,7 +7,7 @@ import contextlib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 
 _FUZZ = settings(deadline=None, max_examples=150)
 # What the kernel prints of a name: any bytes but NUL; in paths a newline comes as \012.
@@ -47,7 +47,7 @@ def _line(start: int, pages: int, perms: str, path: bytes) -> bytes:
 @_FUZZ
 @given(LINES)
 def test_every_mapping_is_found_whatever_its_name(lines: list[tuple[int, int, str, bytes]]) -> None:
-    got = procfs.parse_maps(b"".join(_line(*line) for line in lines))
+    got = mappings.parse_maps(b"".join(_line(*line) for line in lines))
     assert [(vma.start, vma.end, vma.perms) for vma in got] == [
         (start * 4096, (start + pages) * 4096, perms) for start, pages, perms, _ in lines
     ]
@@ -59,7 +59,7 @@ def test_every_mapping_is_found_whatever_its_name(lines: list[tuple[int, int, st
 @given(LINES)
 def test_a_name_never_changes_the_flags_of_a_mapping(lines: list[tuple[int, int, str, bytes]]) -> None:
     text = b"".join(_line(*line) + b"Rss: 8 kB\nAnonymous: 4 kB\nVmFlags: rd wr mr\n" for line in lines)
-    got = procfs.parse_smaps(text)
+    got = mappings.parse_smaps(text)
     assert [entry.vma.start for entry in got] == [start * 4096 for start, *_ in lines]
     assert all(entry.flags == {"rd", "wr", "mr"} and entry.rss == 8192 for entry in got)
 
@@ -85,8 +85,8 @@ def test_a_name_never_changes_the_fields_of_status(name: bytes) -> None:
 @_FUZZ
 @given(st.one_of(NOISE, st.binary(max_size=200)))
 def test_noise_raises_nothing_but_what_is_documented(data: bytes) -> None:
-    procfs.parse_maps(data)
-    procfs.parse_smaps(data)
+    mappings.parse_maps(data)
+    mappings.parse_smaps(data)
     procfs._parse_status(data)
     with contextlib.suppress(ValueError):
         procfs.parse_stat(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import mmap
 import os
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuksm.errors import TargetGone
-from gpuksm.linux import procfs
+from gpuksm.guard import places
+from gpuksm.linux import mappings, procfs
+from gpuksm.linux._libc import PAGE_SIZE as PAGE
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def gone():
 
 
 def test_maps_of_this_process_agree_with_a_naive_parser():
-    got = procfs.maps(os.getpid())
+    got = mappings.maps(os.getpid())
     assert any(vma.path == "[stack]" for vma in got)
     assert all(a.end <= b.start for a, b in itertools.pairwise(got))
     with open("/proc/self/maps") as file:
@@ -42,17 +45,62 @@ def test_file_names_survive(tmp_path, name):
     path = tmp_path / ("x" + name)
     path.write_bytes(b"a" * 4096)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
-        paths = [vma.path for vma in procfs.maps(os.getpid())]
+        paths = [vma.path for vma in mappings.maps(os.getpid())]
     assert str(path) in paths
+
+
+def test_maps_of_some_kind_are_those_of_all():
+    every = mappings.maps(os.getpid())
+    inode = next(vma.inode for vma in every if vma.inode)
+    assert mappings.maps(os.getpid(), perms="r-xp") == [vma for vma in every if vma.perms == "r-xp"]
+    assert mappings.maps(os.getpid(), inode=inode) == [vma for vma in every if vma.inode == inode]
+    plain = [vma for vma in mappings.maps(os.getpid()) if vma.perms == "rw-p" and not vma.inode]
+    assert {vma.start for vma in mappings.maps(os.getpid(), perms="rw-p", inode=0)} <= {
+        vma.start for vma in plain
+    }
+
+
+def test_what_is_mapped_is_told_without_seams():
+    with mmap.mmap(-1, 64 * PAGE) as memory:
+        view = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(view)
+        del view
+        memory.madvise(mmap.MADV_DONTFORK, 16 * PAGE, 8 * PAGE)  # three mappings side by side
+        pid = os.getpid()
+        stretches = mappings.mapped(pid)
+        assert any(low <= address and address + 64 * PAGE <= high for low, high in stretches)
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(stretches))
+        covered = sum(vma.end - vma.start for vma in mappings.maps(pid))
+        assert abs(sum(high - low for low, high in stretches) - covered) < 64 << 20  # it lives on meanwhile
+        gap = places.largest_gap(pid)
+        assert not any(low < gap.end and gap.start < high for low, high in mappings.mapped(pid))
+        assert gap.start < gap.place() < gap.end
+
+
+def test_mappings_of_one_file():
+    fd = os.memfd_create("gpuksm-test")
+    try:
+        os.ftruncate(fd, 4 * PAGE)
+        with mmap.mmap(fd, 2 * PAGE, mmap.MAP_PRIVATE, offset=2 * PAGE):
+            inode, pid = os.fstat(fd).st_ino, os.getpid()
+            (found,) = mappings.file_mappings(pid, inode, "/memfd:gpuksm-te")
+            assert found[1] - found[0] == 2 * PAGE
+            assert found[2] == 2 * PAGE
+            assert mappings.maps_file(pid, inode, "/memfd:gpuksm-test")
+            assert not mappings.maps_file(pid, inode, "/memfd:else")
+            assert not mappings.maps_file(pid, inode + 1, "/memfd:gpuksm-test")
+        assert mappings.file_mappings(pid, inode, "/memfd:gpuksm-test") == []
+    finally:
+        os.close(fd)
 
 
 def test_60000_vmas_are_parsed_quickly():
     line = b"%x-%x rw-p 00000000 00:00 0 \n"
     data = b"".join(line % (i * 8192, i * 8192 + 4096) for i in range(1, 60001))
     began = time.perf_counter()
-    got = procfs.parse_maps(data)
+    got = mappings.parse_maps(data)
     assert len(got) == 60000
-    assert got[-1] == procfs.Vma(60000 * 8192, 60000 * 8192 + 4096, "rw-p", 0, "00:00", 0, "")
+    assert got[-1] == mappings.Vma(60000 * 8192, 60000 * 8192 + 4096, "rw-p", 0, "00:00", 0, "")
     assert time.perf_counter() - began < 5
 
 
@@ -62,7 +110,7 @@ def test_anonymous_names_and_deleted_files():
         b"7f0000001000-7f0000002000 r--s 00001000 00:01 42                         /memfd:x (deleted)\n"
         b"garbage\n7f-zz rw-p 0 0 0\n"
     )
-    first, second = procfs.parse_maps(data)
+    first, second = mappings.parse_maps(data)
     assert first.path == "[anon:my heap (deleted)]"
     assert (second.offset, second.dev, second.inode, second.path) == (4096, "00:01", 42, "/memfd:x (deleted)")
 
@@ -70,15 +118,15 @@ def test_anonymous_names_and_deleted_files():
 @settings(deadline=None)
 @given(st.binary())
 def test_parsers_survive_any_bytes(data):
-    procfs.parse_maps(data)
-    procfs.parse_smaps(data)
+    mappings.parse_maps(data)
+    mappings.parse_smaps(data)
     with contextlib.suppress(ValueError):
         procfs.parse_stat(data)
 
 
 def test_smaps_flags_know_every_vma_of_maps():
-    flags = procfs.smaps_flags(os.getpid())
-    stack = next(vma for vma in procfs.maps(os.getpid()) if vma.path == "[stack]")
+    flags = mappings.smaps_flags(os.getpid())
+    stack = next(vma for vma in mappings.maps(os.getpid()) if vma.path == "[stack]")
     assert "gd" in flags[stack.start]
     assert "mr" in flags[stack.start]
 
@@ -88,7 +136,7 @@ def test_smaps_names_that_look_like_attributes_change_nothing():
         b"1000-2000 rw-p 00000000 00:00 5 /tmp/x\\012VmFlags: io\nRss: 4 kB\nProtectionKey: 3\n"
         b"VmFlags: rd wr mr\nVmFlags: io\n2000-3000 rw-p 00000000 00:00 0 \nVmFlags: rd\n"
     )
-    first, second = procfs.parse_smaps(data)
+    first, second = mappings.parse_smaps(data)
     assert first.vma.path == "/tmp/x\nVmFlags: io"
     assert first.flags == {"rd", "wr", "mr"}
     assert (first.rss, first.protection_key) == (4096, 3)
@@ -96,7 +144,7 @@ def test_smaps_names_that_look_like_attributes_change_nothing():
 
 
 def test_rollup_is_in_bytes():
-    rollup = procfs.smaps_rollup(os.getpid())
+    rollup = mappings.smaps_rollup(os.getpid())
     assert rollup["Rss"] >= rollup["Pss"] > 1 << 20
     assert "Pss_Anon" in rollup
 
@@ -147,9 +195,9 @@ def test_descriptors(tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
-        procfs.maps,
-        procfs.smaps_flags,
-        procfs.smaps_rollup,
+        mappings.maps,
+        mappings.smaps_flags,
+        mappings.smaps_rollup,
         procfs.status,
         procfs.stat,
         procfs.threads,
@@ -172,20 +220,20 @@ def test_other_peoples_processes_are_not_permitted():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 42
 
 
-@pytest.mark.skipif(not procfs.has_query_vma(), reason="no PROCMAP_QUERY in this kernel")
+@pytest.mark.skipif(not mappings.has_query_vma(), reason="no PROCMAP_QUERY in this kernel")
 def test_query_vma():
     memory = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    fd = procfs.open_maps(os.getpid())
+    fd = mappings.open_maps(os.getpid())
     try:
-        for vma in procfs.maps(os.getpid()):
+        for vma in mappings.maps(os.getpid()):
             if vma.path == "[stack]":
-                got = procfs.query_vma(fd, vma.end - 1)
+                got = mappings.query_vma(fd, vma.end - 1)
                 assert got.end == vma.end
-                assert got.flags & procfs.QUERY_WRITE
-        lowest = procfs.maps(os.getpid())[0]
-        assert procfs.query_vma(fd, 0) == procfs.query_vma(fd, lowest.start)
-        assert procfs.query_vma(fd, 0, or_next=False) is None
-        assert procfs.query_vma(fd, (1 << 64) - 4096) is None
+                assert got.flags & mappings.QUERY_WRITE
+        lowest = mappings.maps(os.getpid())[0]
+        assert mappings.query_vma(fd, 0) == mappings.query_vma(fd, lowest.start)
+        assert mappings.query_vma(fd, 0, or_next=False) is None
+        assert mappings.query_vma(fd, (1 << 64) - 4096) is None
     finally:
         os.close(fd)
         memory.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpuksm.guard.arch.x86_64 import NR
-from gpuksm.linux import procfs, ptrace
+from gpuksm.linux import mappings, ptrace
 from gpuksm.linux._libc import PAGE_SIZE
 from tests.support.merging import scan_until_merged
 from tests.support.scripts import LIBC
@@ -88,7 +88,7 @@ def _pages(victim: Victim, flag: str) -> set[int]:
     start = victim.area("area")[0]
     return {
         (page - start) // PAGE_SIZE
-        for entry in procfs.smaps(victim.pid)
+        for entry in mappings.smaps(victim.pid)
         if flag in entry.flags
         for page in range(entry.vma.start, entry.vma.end, PAGE_SIZE)
         if start <= page < start + PAGES * PAGE_SIZE

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from gpuksm.errors import NoSuchProcess
-from gpuksm.linux import procfs
+from gpuksm.linux import mappings, procfs
 from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_estimate
 from gpuksm.scan.same_layout import Areas
 
@@ -68,7 +68,7 @@ def estimate(processes, **options):
 
 def test_an_estimate_tells_what_two_workers_share_and_touches_nothing(start):
     pair = [start(sys.executable, "-c", WORKER) for _ in range(2)]
-    before = [procfs.smaps_rollup(child.pid)["Rss"] for child in pair]
+    before = [mappings.smaps_rollup(child.pid)["Rss"] for child in pair]
     result = estimate(pair)
     assert result.pages_mergeable >= 2 * 2048
     assert 2048 <= result.pages_shared < 2048 + 1500
@@ -77,7 +77,7 @@ def test_an_estimate_tells_what_two_workers_share_and_touches_nothing(start):
     assert result.bytes_saved > (2048 + 512) * 4096 * 0.95
     assert result.same_layout_pages is None
     assert [report.error for report in result.targets] == [None, None]
-    after = [procfs.smaps_rollup(child.pid)["Rss"] for child in pair]
+    after = [mappings.smaps_rollup(child.pid)["Rss"] for child in pair]
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < MIB
     assert procfs.status(pair[0].pid)["TracerPid"] == "0"
     json.dumps(dataclasses.asdict(result))
@@ -85,7 +85,7 @@ def test_an_estimate_tells_what_two_workers_share_and_touches_nothing(start):
 
 def test_ranges_limit_what_is_looked_at(start):
     child = start(sys.executable, "-c", WORKER)
-    big = max(procfs.maps(child.pid), key=lambda vma: vma.end - vma.start)
+    big = max(mappings.maps(child.pid), key=lambda vma: vma.end - vma.start)
     request = TargetRequest(child.pid, ranges=((big.start, big.start + 10 * 4096 + 5),))
     assert run_estimate([request], ScanOptions(), NoProgress()).pages_scanned <= 10
 
@@ -122,13 +122,13 @@ def test_equal_layouts_bring_what_the_estimate_says(start, tmp_path):
 
 
 def test_areas_of_this_process():
-    mappings = procfs.maps(os.getpid())
-    areas = Areas(mappings)
+    vmas = mappings.maps(os.getpid())
+    areas = Areas(vmas)
     base = dict(zip(areas.starts.tolist(), areas.bases.tolist(), strict=True))
-    program = next(vma for vma in mappings if vma.path.startswith("/"))
+    program = next(vma for vma in vmas if vma.path.startswith("/"))
     assert base[program.start] == program.start
-    for vma in mappings:
+    for vma in vmas:
         if vma.path == "[stack]":
             assert base[vma.start] == vma.end
-    heap = next(vma for vma in mappings if vma.path == "[heap]")
+    heap = next(vma for vma in vmas if vma.path == "[heap]")
     assert base[heap.start] == heap.start

@@ -15,7 +15,7 @@ import pytest
 from gpuksm import eligibility
 from gpuksm.client import GuardClient
 from gpuksm.errors import NoSuchProcess
-from gpuksm.linux import pagemap, procfs, vm
+from gpuksm.linux import mappings, pagemap, procfs, vm
 from gpuksm.scan import NoProgress, ScanOptions, TargetRequest, run_scan, slices
 from gpuksm.scan import round as round_module
 
@@ -174,7 +174,7 @@ def test_a_second_pass_needs_a_reason(guard, workers, monkeypatch):
 
 def test_memory_is_read_while_it_settles_and_what_is_written_then_is_left_out(guard, workers):
     pair = workers(2, busy=False)
-    large = max(procfs.maps(pair[0].pid), key=lambda vma: (vma.end - vma.start) * (not vma.path))
+    large = max(mappings.maps(pair[0].pid), key=lambda vma: (vma.end - vma.start) * (not vma.path))
     stages = []
 
     class Writer:

@@ -14,7 +14,7 @@ import pytest
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.protocol import KIND_UNREADABLE
-from gpuksm.linux import pagemap, procfs, vm
+from gpuksm.linux import mappings, pagemap, vm
 from gpuksm.scan.columns import PAGE_BYTES
 from gpuksm.scan.page_map import PageMap
 from gpuksm.scan.reader import LivePages
@@ -131,7 +131,7 @@ def test_pages_of_two_targets_never_join(area):
 def test_a_target_that_has_gone_has_no_windows(area):
     start, _ = area
     child = subprocess.Popen(["sleep", "60"])
-    vma = next(vma for vma in procfs.maps(child.pid) if vma.path == "[stack]")
+    vma = next(vma for vma in mappings.maps(child.pid) if vma.path == "[stack]")
     gone = Tracker(child.pid, [(vma.start, vma.end)], passive=True)
     child.kill()
     child.wait()
