@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import time
 from dataclasses import dataclass, field
@@ -235,9 +234,7 @@ def _settle_ends(guard: Guard, target: Target) -> None:
             uffd.register(target.link.uffd_event, page, PAGE_SIZE)
         except OSError:
             target.borders.discard(page)
-    followed = itertools.pairwise([*target.runs, None])
-    ends = [run.end for run, after in followed if run and (after is None or after.start != run.end)]
-    loose = [end for end in ends if is_loose(target, guard.store, end)]
+    loose = [end for end in target.runs.loose_ends() if is_loose(target, guard.store, end)]
     try:
         fix_ends(target, guard.store, guard.journal, loose)
     except RestoreFailed:
