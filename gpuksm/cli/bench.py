@@ -41,7 +41,7 @@ class _HelperSize(_options.Size):
 @_scanning.hashing
 @_options.json_flag
 def command(size: int, processes: int, as_json: bool, **hashing: Any) -> None:
-    """Measure what the stages of a scan reach here: read, hash, sort, fill, compare, commit.
+    """Measure what the stages of a scan reach here: read, hash, sort, fill, compare, commit, unmerge.
 
     Starts helper processes with memory that is equal in all of them, and a guard of
     its own for them; other processes are left alone, and nothing is left behind.

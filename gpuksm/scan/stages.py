@@ -1,4 +1,4 @@
-"""What the stages of a scan reach on this machine: read, hash, sort, fill, compare, commit.
+"""What the stages of a scan reach on this machine: read, hash, sort, fill, compare, commit, unmerge.
 
 Each is timed by itself, on the code that a scan runs: `LivePages` reads, the backend's
 `Hasher` hashes and sorts, the planner plans, and the guard gets the requests that a
@@ -196,14 +196,20 @@ class _Merging:
             targets = self._attach()
             self._merge_straight(targets)
             self._merge_turned(targets)
-            # The guard lets go what it unmerges.
-            self._guard.request("unmerge", pids=None, max_pause_us=self._engine.options.max_pause_us)
+            self._unmerge()
             for target in targets:
                 target.leave()
                 self._engine.targets.remove(target)
         done = {stage for stage, _, _ in self._samples.found}
         if not {"fill", "compare", "commit"} <= done:
             raise GuardError("the guard could not stop the helper processes in time; try when less runs here")
+
+    def _unmerge(self) -> None:
+        """Give everything back; the guard lets go what it unmerges."""
+        began = time.perf_counter()
+        pause_us = self._engine.options.max_pause_us
+        reply, _ = self._guard.request("unmerge", pids=None, max_pause_us=pause_us)
+        self._samples.add("unmerge", "all of these", "pages", reply["pages"], time.perf_counter() - began)
 
     def _attach(self) -> list[Target]:
         """Attach to all helpers, arm them, and hash what is calm."""

@@ -20,7 +20,7 @@ from tests import requirements_env
 from tests.report.test_json import SCHEMAS, differences
 
 SMALL = ("--size", "4M", "--processes", "2", "--backend", "cpu")
-STAGES = ["read", "hash", "read and hash", "sort", "fill", "compare", "commit", "commit"]
+STAGES = ["read", "hash", "read and hash", "sort", "fill", "compare", "commit", "commit", "unmerge"]
 
 
 @pytest.fixture
