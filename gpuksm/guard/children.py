@@ -289,10 +289,8 @@ def _store_mappings(guard: Guard, pid: int) -> list[Run]:
 
 def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
     """What the child really maps is what it has merged."""
-    runs = _store_mappings(guard, target.pid)
-    target.runs.add_all(runs)
+    target.runs.add_all(_store_mappings(guard, target.pid))
     target.borders = {page for page in borders if _may_be_border(target, page)}
-    guard.journal.append_runs(journal.MAP, target.id, [(run.start, run.end, run.slot) for run in runs])
 
 
 def _may_be_border(target: Target, page: int) -> bool:

@@ -16,7 +16,7 @@ What must hold (docs/hazards.md 4, 5, 6, 9, 12):
 If we die: before the agent is told, nothing has happened; while it works, it
 performs no entry after our socket has closed, which is before any thread of the
 target runs again; a replaced run is registered in any case (linked entries).
-The intent stands in the journal, so the successor finds what was mapped.
+A successor finds what was mapped in /proc/PID/maps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import NamedTuple
 from gpuksm.guard import faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.batch import Batch
-from gpuksm.guard.journal import BORDER, MAP, Journal
+from gpuksm.guard.journal import BORDER, Journal
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fill_hole, restore_piece
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
@@ -335,7 +335,6 @@ class Committer:
         before = {
             p.addr: target.runs.overlapping(p.addr, p.end) for p, _, _ in batch.runs if p.addr in batch.merged
         }
-        self.journal.append_runs(MAP, target.id, runs)
         target.runs.add_all(runs)
         if runs:
             target.keep_in_core_dumps(self.journal)

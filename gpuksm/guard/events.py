@@ -38,7 +38,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, callers, faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.freeze import Freeze, FreezeFailed
-from gpuksm.guard.journal import BORDER, DISCARD, MAP, UNMAP, Journal
+from gpuksm.guard.journal import BORDER, DISCARD, Journal
 from gpuksm.guard.restore import RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
@@ -141,20 +141,16 @@ def _unmapped(host: Host, target: Target, start: int, end: int, freeze: Freeze) 
 
     Only what really is unmapped leaves the ledger; the call may have failed half-way.
     """
-    gone = [
-        (low, high, 0)
-        for run in target.runs.overlapping(start, end)
-        for low, high in _absent(host, target, run)
-    ]
+    merged = target.runs.overlapping(start, end)
+    gone = [stretch for run in merged for stretch in _absent(host, target, run)]
     borders = {page for page in target.borders if start <= page < end}
     if not gone and not borders:
         return
-    host.journal.append_runs(UNMAP, target.id, gone)
-    for low, high, _ in gone:
+    for low, high in gone:
         target.runs.remove(low, high)
     # One that is still there is only no longer counted on: its run gives up one more page.
     target.borders -= borders
-    ends = [start, *(low for low, _, _ in gone), *borders]
+    ends = [start, *(low for low, _ in gone), *borders]
     loose = sorted({end for end in ends if is_loose(target, host.store, end)})
     if loose:
         _settle(host, target, loose, freeze)
@@ -211,7 +207,6 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
         results = target.link.agent.perform(table)
         failed = [piece for piece, index in done if index >= 0 and results[index] != piece.start]
         zeroed = [piece for piece, _ in done if piece not in failed]
-        host.journal.append_runs(UNMAP, target.id, [(piece.start, piece.end, 0) for piece in zeroed])
         for piece in zeroed:
             target.runs.remove(piece.start, piece.end)
         if failed:
@@ -298,7 +293,7 @@ def _moved(
     if new != old:
         kept = min(_round_up(old_size), _round_up(new_size))
         arrived = list(_arrived(host, target, moved, old, old + kept, new - old, keeps))
-        _follow(host, target, arrived, new - old)
+        _follow(target, arrived, new - old)
         if keeps:
             for piece in arrived:
                 forget_store(host, target, piece.start, piece.end)
@@ -364,15 +359,12 @@ def _find_moved(host: Host, target: Target, first: Run, old: int) -> int | None:
     return None
 
 
-def _follow(host: Host, target: Target, arrived: list[Run], delta: int) -> None:
+def _follow(target: Target, arrived: list[Run], delta: int) -> None:
     """Move runs by `delta` in the ledger.  Border pages do not come along: ends are settled anew."""
     if not arrived:
         return
     there = [Run(run.start + delta, run.end + delta, run.slot) for run in arrived]
-    gone = [(run.start, run.end, 0) for run in (*arrived, *there)]
-    host.journal.append_runs(UNMAP, target.id, gone)
-    host.journal.append_runs(MAP, target.id, [(run.start, run.end, run.slot) for run in there])
-    for low, high, _ in gone:
+    for low, high, _ in (*arrived, *there):
         target.runs.remove(low, high)
         target.borders -= {page for page in target.borders if low <= page < high}
     for run in there:
@@ -402,14 +394,13 @@ def forget_store(host: Host, target: Target, start: int, end: int) -> None:
         at = high
     results = target.link.agent.perform(table)
     if target.runs.overlapping(start, end):
-        host.journal.append(UNMAP, target.id, start, end)
         target.runs.remove(start, end)
     failed = [piece for index, piece in mapped if results[index] != piece.start]
     if failed:
-        _cover_with_zeros(host, target, failed)
+        _cover_with_zeros(target, failed)
 
 
-def _cover_with_zeros(host: Host, target: Target, failed: list[Run]) -> None:
+def _cover_with_zeros(target: Target, failed: list[Run]) -> None:
     """Store mappings that could not be replaced after a call that is done: copies with zeros stay."""
     table = Table()
     for piece in failed:
@@ -418,7 +409,6 @@ def _cover_with_zeros(host: Host, target: Target, failed: list[Run]) -> None:
         _write_zeros(target, piece.start, piece.end)
         target.add_register(table, piece.start, piece.end - piece.start)
         target.runs.add(piece)
-    host.journal.append_runs(MAP, target.id, [(piece.start, piece.end, piece.slot) for piece in failed])
     target.link.agent.perform(table)
 
 
@@ -435,7 +425,7 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         old, new, size = event.a, event.b, event.c
         # What is at its new place in the ledger, too, shows zeros at the old one, which stayed mapped.
         runs = target.runs.overlapping(old, old + size)
-        _follow(host, target, [run for run in runs if not _is_followed(target, run, new - old)], new - old)
+        _follow(target, [run for run in runs if not _is_followed(target, run, new - old)], new - old)
         target.tainted.append((new, new + size))
         _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:

@@ -1,10 +1,8 @@
 """The ledger's memory: two logs in memfds that outlive the guard (the keeper holds them too).
 
-Every change of what is mapped where is written before it is made, so that a
-successor that replays the log and then looks at /proc/PID/maps knows all: a run
-it finds in both is merged, one that was never mapped is dropped.  Records are
-appended and never changed; a record is complete before its kind is written, so
-that dying in mid-append leaves a log that ends before it.
+What is merged where stands in /proc/PID/maps; what does not, and a successor must know, is
+written here before it is done.  Records are appended and never changed; a record is complete
+before its kind is written, so that dying in mid-append leaves a log that ends before it.
 
 A log that has grown to several times what it tells is written anew: what still holds is
 written behind the end, at a multiple of a page, and then the log's first record is told
@@ -21,7 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from gpuksm.guard import faults
@@ -29,7 +27,8 @@ from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import punch_hole
 
 RECORD = struct.Struct("<IIQQQ")
-TARGET, MAP, UNMAP, GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(1, 10)
+TARGET = 1  # 2 and 3 told what was mapped where
+GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(4, 10)
 BORN, DISCARD, COREDUMP, COPY, HOME, NEXT, FILTERS = range(10, 17)
 _PRIVATE = {DIGESTS, REGISTER, UNREGISTER, BORN}
 LEDGER_NAME = "gpuksm-ledger"
@@ -44,7 +43,7 @@ _GROWTH = 4
 class Record(NamedTuple):
     """One entry; the meaning of `a`, `b`, `c` depends on `kind`.
 
-    TARGET: pid, start time, code page.  MAP: start, end, slot.  UNMAP: start, end.
+    TARGET: pid, start time, code page.
     EXTENT: first slot, slots, user; its `target` is a NUMA node + 1, or 0.
     DIGESTS: first slot, count; the column follows.
     BORDER: page.  REGISTER and UNREGISTER: pid, start, end (0, 0: all).
@@ -80,10 +79,6 @@ class Journal:
     ) -> None:
         log = self._private if kind in _PRIVATE else self._ledger
         log.write(RECORD.pack(kind, target, a, b, c) + column)
-
-    def append_runs(self, kind: int, target: int, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Many MAP or UNMAP records in one write."""
-        self._ledger.write(b"".join(RECORD.pack(kind, target, *run) for run in runs))
 
     def replay(self) -> Iterator[Record]:
         """Every record from the start, private ones last; then appending goes on behind the last."""

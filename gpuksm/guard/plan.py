@@ -82,9 +82,8 @@ class Result:
 def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int) -> Result:
     """Carry out a plan; UsageError when it is malformed (nothing was done then)."""
     new, plan, digests = _parse(extents, records, payload)
-    slots = [count for count, _ in new]
     starts, unplaced = _allocate(host, new, plan)
-    planned = [_resolve(record, index, starts, slots) for index, record in enumerate(plan)]
+    planned = [_resolve(record, index, starts) for index, record in enumerate(plan)]
     _remember(host, planned, digests)
     outcome = Outcome()
     ends: dict[int, set[int]] = {}
@@ -101,7 +100,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
             )
             going_on = {end for target, end in continued if target == number}
             _commit(host, number, mine, going_on, max_pause_us, outcome)
-    _settle(host, ends, outcome)
+    _settle(host, ends)
     host.pauses_us.extend(outcome.pauses_us)
     del host.pauses_us[:-100_000]
     column = struct.pack(f"<{len(planned)}I", *(outcome.merged.get(i, 0) for i in range(len(planned))))
@@ -171,7 +170,7 @@ def _allocate(
     return starts, host.store.place(starts) if any(node for _, node in new) else set()
 
 
-def _resolve(record: tuple[int, ...], index: int, starts: list[int], slots: list[int]) -> Planned:
+def _resolve(record: tuple[int, ...], index: int, starts: list[int]) -> Planned:
     op, flags, _, target, addr, pages, extent, slot, digest, digest_at = record
     new = bool(flags & wire.FLAG_NEW_EXTENT)
     first = starts[extent] if new else 0
@@ -431,7 +430,7 @@ def _may_be_pinned(target: Target) -> bool:
         return False  # the commit finds that out
 
 
-def _settle(host: Host, ends: dict[int, set[int]], outcome: Outcome) -> None:
+def _settle(host: Host, ends: dict[int, set[int]]) -> None:
     """Border pages for runs whose continuation did not make it into a later slice or portion."""
     for number, mine in ends.items():
         target = host.targets.get(number)

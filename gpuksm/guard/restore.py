@@ -26,7 +26,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, faults, places
 from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
-from gpuksm.guard.journal import BORDER, COPY, UNMAP, Journal
+from gpuksm.guard.journal import BORDER, COPY, Journal
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import (
@@ -73,9 +73,8 @@ def restore_piece(target: Target, journal: Journal, start: int, end: int, *, bor
             stop = end if run is None else min(end, run.end)
             target.runs.remove(start, stop)
         elif not vma.inode:
-            # In the ledger only: the guard failed between noting it and mapping it.
+            # In our books only: an error came between noting it and mapping it.
             stop = min(end, vma.end)
-            journal.append(UNMAP, target.id, start, stop)
             target.runs.remove(start, stop)
             for page in range(start, stop if border else start, PAGE_SIZE):
                 table = Table()
@@ -115,7 +114,6 @@ def _restore_part(
     finally:
         # As long as we live we know ourselves what has become of it.
         journal.append(COPY, target.id)
-    journal.append(UNMAP, target.id, start, end)
     target.runs.remove(start, end)
     if border:
         for page in range(start, end, PAGE_SIZE):

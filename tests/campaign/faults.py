@@ -283,7 +283,7 @@ def main() -> int:
     parser.add_argument("--action", action="append", default=[], choices=ACTIONS)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    os.environ.setdefault("GPUKSM_JOURNAL_BYTES", "2048")  # written anew all the time
+    os.environ.setdefault("GPUKSM_JOURNAL_BYTES", "256")  # written anew all the time
     with load.built("changeling", "regions", "purge", "growth", "forks") as folder:
         runs = campaign(folder, arguments.runs, arguments.point, arguments.action)
     print(table(runs))

@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    os.environ.setdefault("GPUKSM_JOURNAL_BYTES", "2048")  # written anew all the time
+    os.environ.setdefault("GPUKSM_JOURNAL_BYTES", "256")  # written anew all the time
     began = time.monotonic()
     with load.built("changeling", "regions", "purge", "forks", "writers") as folder:
         try:

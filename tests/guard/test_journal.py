@@ -20,12 +20,13 @@ def test_replays_what_was_appended() -> None:
     log = Journal()
     log.append(journal.TARGET, 1, 10, 20, 30)
     log.append(journal.DIGESTS, 0, 512, 2, column=b"12345678abcdefgh")
-    log.append_runs(journal.MAP, 1, [(4096, 8192, 5), (8192, 12288, 9)])
+    log.append(journal.BORDER, 1, 4096)
+    log.append(journal.COPY, 1, 8192, 12288, 9)
     successor = Journal(os.dup(log.fd), os.dup(log.private_fd))
     public = [
         Record(journal.TARGET, 1, 10, 20, 30),
-        Record(journal.MAP, 1, 4096, 8192, 5),
-        Record(journal.MAP, 1, 8192, 12288, 9),
+        Record(journal.BORDER, 1, 4096, 0, 0),
+        Record(journal.COPY, 1, 8192, 12288, 9),
     ]
     assert list(successor.replay()) == [
         *public,

@@ -72,7 +72,7 @@ class World:
             "GPUKSM_RUNTIME_DIR": str(self.folder),
             "PYTHONPATH": str(ROOT),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "GPUKSM_JOURNAL_BYTES": "2048",  # written anew all the time
+            "GPUKSM_JOURNAL_BYTES": "256",  # written anew all the time
         }
         if self.user.home is not None:
             env["HOME"] = str(self.user.home)
