@@ -21,6 +21,7 @@ A successor finds what was mapped in /proc/PID/maps.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -153,13 +154,16 @@ class Committer:
         return pieces, []
 
     def _within_budget(self, target: Target, pieces: list[Piece], room: int) -> tuple[list[Piece], int]:
-        need = 3 * sum(piece.slot is not None for piece in pieces)
+        mapped = [piece for piece in pieces if piece.slot is not None]
+        # What is behind it, and perhaps a border page, are paid for once for pieces side by side.
+        ends = sum(piece.end != after.addr for piece, after in itertools.pairwise(mapped)) + bool(mapped)
+        need = len(mapped) + 2 * ends
         if need > room:
             room = vma_budget(target.pid)
         if need <= room:
             return pieces, room - need
         # Longest first; what is left over is said.
-        mapped = sorted((p for p in pieces if p.slot is not None), key=lambda p: -p.pages)
+        mapped.sort(key=lambda piece: -piece.pages)
         keep = set(mapped[: max(0, room) // 3])
         self.outcome.skip("vma-budget", sum(p.pages for p in mapped if p not in keep))
         return [p for p in pieces if p.slot is None or p in keep], room - 3 * len(keep)

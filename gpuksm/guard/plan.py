@@ -86,7 +86,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     planned = [_resolve(record, index, starts) for index, record in enumerate(plan)]
     _remember(host, planned, digests)
     outcome = Outcome()
-    ends: dict[int, set[int]] = {}
+    spans: dict[int, tuple[int, int]] = {}  # of each target: where something of it may have changed
     cut = _cut_to_windows(planned)
     continued = {(part.target, part.end) for part in cut if part.continued}
     for portion in _portions(cut):
@@ -94,17 +94,16 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
         _fill(host, portion, pieces, unplaced, outcome)
         _verify(host, portion, pieces, outcome)
         for number, mine in pieces.items():
-            # A run in front of a piece that failed may have lost what was watched behind it.
-            ends.setdefault(number, set()).update(
-                end for piece in mine if piece.slot is not None for end in (piece.addr, piece.end)
-            )
+            low, high = spans.get(number, (1 << 64, 0))
+            low = min([low, *(piece.addr for piece in mine)])
+            spans[number] = low, max([high, *(piece.end for piece in mine)])
             going_on = {end for target, end in continued if target == number}
             _commit(host, number, mine, going_on, max_pause_us, outcome)
-    _settle(host, ends)
+    _settle(host, spans)
     host.pauses_us.extend(outcome.pauses_us)
     del host.pauses_us[:-100_000]
     column = struct.pack(f"<{len(planned)}I", *(outcome.merged.get(i, 0) for i in range(len(planned))))
-    vmas = {number: len(host.targets[number].runs) for number in ends if number in host.targets}
+    vmas = {number: len(host.targets[number].runs) for number in spans if number in host.targets}
     return Result(outcome, column, vmas)
 
 
@@ -430,11 +429,15 @@ def _may_be_pinned(target: Target) -> bool:
         return False  # the commit finds that out
 
 
-def _settle(host: Host, ends: dict[int, set[int]]) -> None:
-    """Border pages for runs whose continuation did not make it into a later slice or portion."""
-    for number, mine in ends.items():
+def _settle(host: Host, spans: dict[int, tuple[int, int]]) -> None:
+    """Border pages for runs whose continuation did not make it into a later slice or portion.
+
+    Also for those in front of a piece that failed, which may have lost what was watched behind them.
+    """
+    for number, (low, high) in spans.items():
         target = host.targets.get(number)
-        loose = [end for end in sorted(mine) if target is not None and is_loose(target, host.store, end)]
+        ends = [end for end in target.runs.loose_ends() if low <= end <= high] if target else []
+        loose = [end for end in ends if target is not None and is_loose(target, host.store, end)]
         if target is not None and loose:
             _reason(host, target, lambda target=target, loose=loose: _fix(host, target, loose))  # type: ignore[misc]
 
