@@ -349,14 +349,17 @@ def _column(item: Planned, digests: bytes) -> bytes:
 
 def _verify(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
     wanted: dict[int, list[Piece]] = {}
+    first, end, user = 0, 0, None  # the extent of the record before
     for item in portion:
         if item.op == wire.OP_MAP:
-            known = host.store.extent_of(item.slot)
-            if known is None or item.slot + item.pages > known[0] + known[1]:
+            if not first <= item.slot < end:
+                first, count = host.store.extent_of(item.slot) or (0, 0)
+                end, user = first + count, host.store.user_of(item.slot)
+            if item.slot + item.pages > end:
                 outcome.skip("slot-freed", item.pages)  # its last mapping went after the plan was made
                 continue
             target = host.targets.get(item.target)
-            if target is not None and target.user != host.store.user_of(item.slot):
+            if target is not None and target.user != user:
                 outcome.skip("other-user", item.pages)
                 continue
             wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, item.slot))
