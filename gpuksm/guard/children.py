@@ -303,7 +303,7 @@ def _may_be_border(target: Target, page: int) -> bool:
 
 def _watch_all(target: Target) -> None:
     """Have all merged memory, and border pages, raise events for the process's own userfaultfd."""
-    for start, end in target.merged_stretches():
+    for start, end in target.runs.stretches():
         uffd.register(target.link.uffd_event, start, end - start)
     for page in target.borders:
         with contextlib.suppress(OSError):

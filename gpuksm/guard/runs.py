@@ -62,6 +62,12 @@ class Runs:
             return []
         return [end for end, start in zip(self._ends, [*self._starts[1:], 0], strict=True) if end != start]
 
+    def stretches(self) -> list[tuple[int, int]]:
+        """Where runs lie, adjacent ones as one."""
+        ends = self.loose_ends()
+        starts = [bisect.bisect_right(self._starts, end) for end in ends[:-1]]
+        return list(zip([self._starts[index] for index in [0, *starts]] if ends else [], ends, strict=True))
+
     def at(self, address: int) -> Run | None:
         """The run that covers `address`."""
         index = bisect.bisect_right(self._starts, address) - 1

@@ -222,19 +222,9 @@ class Target:
             left.append((at, end))
         return [(low, high) for low, high in left if low < high]
 
-    def merged_stretches(self) -> list[tuple[int, int]]:
-        """Where merged memory lies, adjacent runs as one."""
-        joined: list[tuple[int, int]] = []
-        for run in self.runs:
-            if joined and joined[-1][1] == run.start:
-                joined[-1] = (joined[-1][0], run.end)
-            else:
-                joined.append((run.start, run.end))
-        return joined
-
     def _merged_within(self, limits: list[tuple[int, int]] | None) -> list[tuple[int, int]]:
         """Stretches of merged memory inside `limits` (sorted, disjoint) where given."""
-        joined = self.merged_stretches()
+        joined = self.runs.stretches()
         if limits is None:
             return joined
         inner = [(-(-low // PAGE_SIZE) * PAGE_SIZE, high // PAGE_SIZE * PAGE_SIZE) for low, high in limits]

@@ -41,6 +41,14 @@ def test_like_a_dictionary_of_pages(steps: list[tuple[bool, int, int, int]]) -> 
         assert by_page(runs) == model
         assert runs.pages == len(model)
         ordered = list(runs)
+        assert {
+            page for low, high in runs.stretches() for page in range(low // PAGE_SIZE, high // PAGE_SIZE)
+        } == set(model)
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(runs.stretches()))
+        assert runs.loose_ends() == [high for _, high in runs.stretches()]
+        if model:
+            low, high = runs.stretches()[0]
+            assert runs.first_stretch(5) == (low, min(high, low + 5 * PAGE_SIZE))
         for left, right in itertools.pairwise(ordered):
             assert left.end <= right.start
             assert not (left.end == right.start and left.slot_end == right.slot), "neighbours must be joined"
