@@ -50,7 +50,7 @@ from gpuksm import eligibility
 from gpuksm.hashing.cpu import CHUNK_PAGES
 from gpuksm.hashing.crew import usable_cpus
 from gpuksm.linux import pagemap, procfs
-from gpuksm.scan.columns import PAGE_BYTES, stretches_of
+from gpuksm.scan.columns import PAGE_BYTES
 from gpuksm.scan.tracker import Tracker
 
 UNABLE = 3
@@ -132,9 +132,8 @@ def ranges(processes: Processes) -> list[tuple[int, int, int]]:
             tracker.look()
         finally:
             tracker.close()
-        address = tracker.columns.address
-        for first, pages in zip(*stretches_of(address), strict=True):
-            found.append((pid, int(address[first]), int(pages) * PAGE_BYTES))
+        low, high = tracker.columns.address.stretches()
+        found += zip([pid] * len(low), low.tolist(), (high - low).tolist(), strict=True)
     return found
 
 

@@ -1,7 +1,8 @@
 """Which pages have an equal at all, told from their digests without a copy of them.
 
 Digests are compared in parts, by their highest bits: what a scan holds of each page for this is its
-part's number and a mark, and all that a comparison takes (20 bytes a page) only for one part at a time.
+part's number, which becomes a mark, and all that a comparison takes (some 40 bytes a page) only for one part
+at a time.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuksm.hashing.protocol import KIND_ZERO
-from gpuksm.scan.columns import U64, among
+from gpuksm.scan.addresses import Mask
+from gpuksm.scan.columns import I64, U64, among
 from gpuksm.scan.tracker import Tracker, user_key
 from gpuksm.scan.trees import Sort, StableTree
 
 # More parts would save little memory, and each looks at all part numbers.
-_PART_PAGES, _MOST_PART_BITS = 1 << 19, 4
+_PART_PAGES, _MOST_PART_BITS = 1 << 17, 4
 _PIECE = 1 << 18
-
-Mask = NDArray[np.bool_]
+_NO_PART, _EQUAL = 255, 254  # instead of a part's number: has no digest; has an equal
 
 
 def with_equals(trackers: Sequence[Tracker], stable: StableTree, sort: Sort) -> list[Mask]:
@@ -30,15 +30,11 @@ def with_equals(trackers: Sequence[Tracker], stable: StableTree, sort: Sort) -> 
     """
     if not trackers:
         return []
-    found = [each.columns.known & (each.columns.kind == KIND_ZERO) for each in trackers]
-    pages = sum(len(mask) for mask in found)
+    pages = sum(len(each.columns) for each in trackers)
     bits = min(_MOST_PART_BITS, max(0, (pages // _PART_PAGES).bit_length()))
-    parts = [_parts(tracker, bits) for tracker in trackers]
+    numbers = [_parts(tracker, bits) for tracker in trackers]
     for part in range(1 << bits):
-        index = [
-            np.flatnonzero(tracker.columns.known & (number == part))
-            for tracker, number in zip(trackers, parts, strict=True)
-        ]
+        index = [np.flatnonzero(number == part) for number in numbers]
         digest = np.concatenate(
             [
                 tracker.columns.digest[chosen] ^ user_key(tracker)
@@ -49,19 +45,43 @@ def with_equals(trackers: Sequence[Tracker], stable: StableTree, sort: Sort) -> 
         equal = np.empty(len(ordered), np.bool_)
         equal[order] = _repeated(ordered) | (among(stable.ordered, ordered) & (ordered != 0))
         at = 0
-        for mask, chosen in zip(found, index, strict=True):
-            mask[chosen] |= equal[at : at + len(chosen)]
+        for number, chosen in zip(numbers, index, strict=True):
+            number[chosen[equal[at : at + len(chosen)]]] = _EQUAL
             at += len(chosen)
-    return found
+    return [_found(tracker, number) for tracker, number in zip(trackers, numbers, strict=True)]
+
+
+def candidates_with_equals(
+    trackers: Sequence[Tracker], stable: StableTree, sort: Sort
+) -> tuple[list[I64], list[int]]:
+    """For each tracker the indices of its candidates that have an equal, and how many have none."""
+    some: list[I64] = []
+    alone: list[int] = []
+    for tracker, equal in zip(trackers, with_equals(trackers, stable, sort), strict=True):
+        left = tracker.may_be_merged()
+        some.append(np.flatnonzero(left & equal))
+        alone.append(int(np.count_nonzero(left)) - len(some[-1]))
+    return some, alone
 
 
 def _parts(tracker: Tracker, bits: int) -> NDArray[np.uint8]:
     """The number of each page's part: the highest `bits` of what its digest is compared by."""
-    digest, key = tracker.columns.digest, user_key(tracker)
-    number = np.zeros(len(digest), np.uint8)
-    for at in range(0, len(digest) if bits else 0, _PIECE):
-        number[at : at + _PIECE] = (digest[at : at + _PIECE] ^ key) >> np.uint64(64 - bits)
+    columns, key = tracker.columns, user_key(tracker)
+    number = np.zeros(len(columns), np.uint8)
+    for at in range(0, len(columns), _PIECE):
+        piece = slice(at, at + _PIECE)
+        if bits:
+            number[piece] = (columns.digest[piece] ^ key) >> np.uint64(64 - bits)
+        number[piece][~columns.known(piece)] = _NO_PART
     return number
+
+
+def _found(tracker: Tracker, number: NDArray[np.uint8]) -> Mask:
+    """Of each page whether it is marked, or zeros; takes the place of `number`."""
+    found = number.view(np.bool_)
+    np.equal(number, _EQUAL, out=found)
+    found |= tracker.columns.zeros()
+    return found
 
 
 def _repeated(ordered: U64) -> Mask:

@@ -23,6 +23,7 @@ from gpuksm.scan.columns import (
     U64,
     count_pages,
     cut_stretches,
+    inside,
     intersect,
     stretches_of,
     windows,
@@ -143,17 +144,17 @@ class PageMap:
         """For each page whether it is present, anonymous and mapped by this process alone."""
         first, pages = stretches_of(address)
         low = address[first]
-        found = self.exclusive_in(low, low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES))
-        at = np.minimum(np.searchsorted(found, address), max(len(found) - 1, 0))
-        return found[at] == address if len(found) else np.zeros(len(address), np.bool_)
+        return inside(address, *self.exclusive_in(low, low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)))
 
-    def exclusive_in(self, low: U64, high: U64) -> U64:
-        """Addresses of the pages in [low, high) that are present, anonymous and no other process's."""
+    def exclusive_in(self, low: U64, high: U64) -> tuple[U64, U64]:
+        """Stretches of the pages in [low, high) that are present, anonymous and no other process's.
+
+        Some may follow right behind each other.
+        """
         low, high = cut_stretches(low, high, _WINDOW_PAGES)
-        out = np.empty(count_pages(low, high), np.uint64)
-        pick = library(COLUMN_KERNELS).pick_entries
+        pick = library(COLUMN_KERNELS).pick_stretches
         wanted = pagemap.ENTRY_PRESENT | pagemap.ENTRY_EXCLUSIVE
-        count = 0
+        found = [_NO_STRETCHES]
         for first, spans in self._spans(low, high):
             # Entries of several windows, one behind the other, so that they are picked at once.
             entries = np.empty(sum(pages for _, _, pages in spans), np.uint64)
@@ -170,11 +171,13 @@ class PageMap:
                 at += pages
             end = spans[-1][1]
             counts = [end - begin for begin, end, _ in spans]
+            parts = low[first:end], high[first:end]
+            out = np.empty((2, count_pages(*parts)), np.uint64)
             mask = wanted | pagemap.ENTRY_FILE
-            count = pick(
-                entries, np.repeat(shifts, counts), low[first:end], high[first:end], mask, wanted, out, count
-            )
-        return out[:count].copy() if count < len(out) // 2 else out[:count]
+            count = pick(entries, np.repeat(shifts, counts), *parts, mask, wanted, *out)
+            found.append(out[:, :count].T.copy())
+        table = np.concatenate(found)
+        return table[:, 0].copy(), table[:, 1].copy()
 
     @staticmethod
     def _spans(low: U64, high: U64) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
@@ -199,8 +202,8 @@ class PageMap:
             return self.low, self.high
         return self.select(PRESENT_MASK, PRESENT_INVERTED)
 
-    def present_exclusive(self) -> U64:
-        """Addresses of all present anonymous pages of the regions that no other process maps."""
+    def present_exclusive(self) -> tuple[U64, U64]:
+        """Stretches of all present anonymous pages of the regions that no other process maps."""
         return self.exclusive_in(*self.present())
 
 

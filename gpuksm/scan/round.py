@@ -22,6 +22,7 @@ from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages, heads
 from gpuksm.scan.engine import Engine, Target, error_of
+from gpuksm.scan.equals import candidates_with_equals
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
 from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
@@ -129,12 +130,15 @@ class _Scan:
         batch_pages, hasher = self.options.batch_pages, self.engine.hasher
         self._count(digest_wanted(trackers, hasher, batch_pages, self.progress), living)
         if again or self._worth_a_plan(trackers, fresh):
-            self.engine.merge(gather(trackers), living)
+            some, alone = candidates_with_equals(trackers, self.engine.stable(), hasher.sort)
+            self.engine.merge(gather(trackers, some), living)
+            for target, pages in zip(living, alone, strict=True):
+                target.unshared += pages
         return True
 
     def _worth_a_plan(self, trackers: list[Tracker], fresh: list[I64]) -> bool:
         """Whether a page of `fresh` (indices into each tracker's columns) is zeros or has an equal."""
-        known = [index[each.columns.known[index]] for each, index in zip(trackers, fresh, strict=True)]
+        known = [index[each.columns.known(index)] for each, index in zip(trackers, fresh, strict=True)]
         new = gather(trackers, known)
         if (new.kind == KIND_ZERO).any():
             return True

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm.errors import NoSuchProcess, NotPermitted, TargetGone
-from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.linux import procfs
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
@@ -158,7 +157,7 @@ class Session:
                 self._look(follower, smart)
             except _GONE:
                 self._leave(follower)
-        new = [follower for follower in self.followers.values() if len(follower.tracker.wanted())]
+        new = [follower for follower in self.followers.values() if follower.tracker.count_wanted()]
         scanned, fresh = self._digest(new, use_zero_pages)
         planned = self._retries > 0 or self._has_equals(fresh)
         merged = self._merge(use_zero_pages) if planned else 0
@@ -167,7 +166,7 @@ class Session:
         self.pages_scanned += scanned
         if scanned or planned:
             self._unshared = sum(
-                int((columns.known & (columns.kind != KIND_ZERO)).sum())
+                int(np.count_nonzero(columns.known()) - np.count_nonzero(columns.zeros()))
                 for columns in (follower.tracker.columns for follower in self.followers.values())
             )
         return Round(scanned, merged, planned, attached)
@@ -202,8 +201,8 @@ class Session:
         for follower, index in wanted:
             follower.target.pages_scanned += scanned[follower.target.pid]
             columns = follower.tracker.columns
-            index = index[columns.known[index]]
-            zero = columns.kind[index] == KIND_ZERO
+            index = index[columns.known(index)]
+            zero = columns.zeros(index)
             digest = columns.digest[index] ^ user_key(follower.tracker)
             found.append(np.where(zero, np.uint64(0), digest) if use_zero_pages else digest[~zero])
         return sum(scanned.values()), np.concatenate(found)
@@ -315,4 +314,4 @@ class Session:
 def _candidates(tracker: Tracker, use_zero_pages: bool) -> NDArray[np.bool_]:
     """For each page of `tracker` whether it may be merged."""
     mask = tracker.may_be_merged()
-    return mask if use_zero_pages else mask & (tracker.columns.kind != KIND_ZERO)
+    return mask if use_zero_pages else mask & ~tracker.columns.zeros()

@@ -18,8 +18,9 @@ from gpuksm.scan.batches import digest
 from gpuksm.scan.columns import I64, ranges_within
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.engine import Engine, Target
-from gpuksm.scan.equals import with_equals
+from gpuksm.scan.equals import candidates_with_equals
 from gpuksm.scan.planner import Plan
+from gpuksm.scan.state import KNOWN
 from gpuksm.scan.tracker import Tracker, gather
 
 # Pages of a slice: large enough that planning it takes no longer than planning all at once.
@@ -32,7 +33,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     Until `settled` (of the monotonic clock) nothing is planned, only read.
     """
     trackers = [target.tracker for target in living if target.tracker is not None]
-    total = sum(len(tracker.wanted()) for tracker in trackers)
+    total = sum(tracker.count_wanted() for tracker in trackers)
     count = max(1, total // SLICE_PAGES)
     budgets, stable = engine.budgets(living), engine.stable()
     scanned: dict[int, int] = {}
@@ -56,14 +57,14 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
             if count == 1:
                 break
             known = [
-                index[tracker.columns.known[index]] for tracker, index in zip(trackers, share, strict=True)
+                index[tracker.columns.known(index)] for tracker, index in zip(trackers, share, strict=True)
             ]
             spend = budgets // (count - number)
             plan = engine.plan(gather(trackers, known), living, stable, spend)
             budgets -= _mark(plan, trackers, known)
             engine.commit(plan, living, commits)
             engine.hasher.leave(1)  # to the guard, which targets that are stopped wait for
-        _merge_rest(engine, living, trackers, commits)
+        _merge_rest(engine, living, trackers, commits, sliced=count > 1)
         commits.finish()
     engine.hasher.leave(0)
     return scanned
@@ -79,11 +80,11 @@ def _settle(engine: Engine, trackers: list[Tracker], read: list[I64], settled: f
             tracker.keep_calm(index)
             tracker.count_volatile()
         except TargetGone:
-            tracker.columns.known[index] = False
+            tracker.columns.unmark(KNOWN, index)
 
 
 def _share(tracker: Tracker, number: int, count: int) -> tuple[int, int]:
-    pages = len(tracker.columns.address)
+    pages = len(tracker.columns)
     return pages * number // count, pages * (number + 1) // count
 
 
@@ -100,15 +101,14 @@ def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:
     return 2 * np.bincount(plan.pages.target[plan.runs.first], minlength=len(trackers)).astype(np.int64)
 
 
-def _merge_rest(engine: Engine, living: list[Target], trackers: list[Tracker], commits: Commits) -> None:
+def _merge_rest(
+    engine: Engine, living: list[Target], trackers: list[Tracker], commits: Commits, *, sliced: bool
+) -> None:
     """Plan what no slice has taken and what has an equal anywhere."""
-    left = [tracker.may_be_merged() for tracker in trackers]
-    if any(tracker.planned for tracker in trackers):
-        worth = with_equals(trackers, engine.known_stable, engine.hasher.sort)
-    else:
-        worth = left  # the plan itself will tell
-    some = [np.flatnonzero(mask & equal) for mask, equal in zip(left, worth, strict=True)]
-    unshared = [int(mask.sum()) - len(kept) for mask, kept in zip(left, some, strict=True)]
+    if sliced:
+        some, unshared = candidates_with_equals(trackers, engine.known_stable, engine.hasher.sort)
+    else:  # these are few, and the plan itself will tell
+        some, unshared = [tracker.candidates() for tracker in trackers], [0] * len(trackers)
     for target in living:
         target.left_out, target.unshared = {}, 0
     if any(map(len, some)):

@@ -280,8 +280,9 @@ def _inside(tracker: Tracker, area: Area) -> I64:
     """Pages of the area that are calm now and have a digest."""
     tracker.prune()
     columns = tracker.columns
-    first, end = np.searchsorted(columns.address, np.array(area, np.uint64))
-    return np.flatnonzero(columns.known[first:end]) + int(first)
+    first, end = columns.address.find(np.array(area, np.uint64)).tolist()
+    found: I64 = np.flatnonzero(columns.known(slice(first, end))) + first
+    return found
 
 
 def _only_fills(request: Request) -> Request:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
-from gpuksm.scan.columns import PAGE_BYTES, U64, windows_of
+from gpuksm.scan.columns import PAGE_BYTES, U64, pages_of, windows_of
 from gpuksm.scan.nodes import Nodes, apart, no_nodes, parted
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.runs import Pages
@@ -81,7 +81,7 @@ class Lookout:
             for low, high in windows_of(*tracker.map.present(), self._pages):
                 if self._stopped:
                     return
-                self._put(Window(number, tracker, tracker.map.exclusive_in(low, high)))
+                self._put(Window(number, tracker, pages_of(*tracker.map.exclusive_in(low, high))))
         except TargetGone:
             return
 

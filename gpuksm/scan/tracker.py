@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_NORMAL, KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, procfs
+from gpuksm.scan.addresses import Addresses, Mask
 from gpuksm.scan.columns import (
     COLUMN_KERNELS,
     I64,
@@ -32,62 +33,17 @@ from gpuksm.scan.columns import (
     U64,
     count_pages,
     inside,
-    ranges_within,
     stretches_of,
 )
-from gpuksm.scan.nodes import Nodes, apart, no_nodes, nodes_of, parted, taken
+from gpuksm.scan.nodes import Nodes, apart, no_nodes, nodes_of, parted
 from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK, PRESENT_INVERTED, PRESENT_MASK, PageMap
 from gpuksm.scan.runs import Pages
+from gpuksm.scan.state import CALM, KIND, KNOWN, PLANNED, carry_over, columns_of, empty_columns
 from gpuksm.scan.trees import StableTree
 
 _FRESH_SECONDS = 0.02
-
-
-class Columns(NamedTuple):
-    """Pages of one target, ascending: address u8, digest u8, kind u1, known bool, calm bool, node u2.
-
-    known: the digest holds; calm: the page was, when it was looked at last.  Pages that are not calm
-    keep their place, as most come back: what was written costs no copy of all columns.  node: empty
-    where nodes make no difference.
-    """
-
-    address: U64
-    digest: U64
-    kind: NDArray[np.uint8]
-    known: NDArray[np.bool_]
-    calm: NDArray[np.bool_]
-    node: Nodes = no_nodes()
-
-
-def columns_of(address: U64, by_node: bool = False) -> Columns:
-    """Columns of calm pages of which nothing is known."""
-    count = len(address)
-    return Columns(
-        address,
-        np.zeros(count, np.uint64),
-        np.zeros(count, np.uint8),
-        np.zeros(count, np.bool_),
-        np.ones(count, np.bool_),
-        np.zeros(count, np.uint16) if by_node else no_nodes(),
-    )
-
-
-def empty_columns() -> Columns:
-    return columns_of(np.empty(0, np.uint64))
-
-
-def carry_over(old: Columns, address: U64, by_node: bool = False) -> Columns:
-    """Columns for `address` with the digests that `old` knows of the same pages."""
-    new = columns_of(address, by_node)
-    if len(old.address) and len(address):
-        at = np.minimum(np.searchsorted(old.address, address), len(old.address) - 1)
-        same = (old.address[at] == address) & old.known[at]
-        new.digest[same] = old.digest[at[same]]
-        new.kind[same] = old.kind[at[same]]
-        new.known[same] = True
-        if by_node:
-            new.node[same] = old.node[at[same]]
-    return new
+# Nodes are asked for this many pages at a time.
+_PIECE = 1 << 18
 
 
 class Tracker:
@@ -115,7 +71,6 @@ class Tracker:
         self.columns = empty_columns()
         self.volatile = 0
         self.by_node = by_node
-        self._planned = np.empty(0, np.bool_)
         self._checksum = checksum
         self._unarmed = checksum or passive
         self._previous = empty_columns()
@@ -134,9 +89,7 @@ class Tracker:
 
     def forget(self, written: U64) -> None:
         """Drop the digests of pages in `written`, stretches (n, 2) as the guard's `arm` returns them."""
-        if len(written) and len(self.columns.address):
-            low, high = written[:, 0], written[:, 1]
-            self.columns.known[inside(self.columns.address, low, high)] = False
+        self.columns.unmark(KNOWN, self.columns.address.within(written[:, 0], written[:, 1]))
 
     def look(self) -> None:
         """Find the pages that are calm now; digests of those that stayed calm are kept.
@@ -144,13 +97,13 @@ class Tracker:
         Raises TargetGone.
         """
         if self._unarmed:
-            address = self.map.present_exclusive()
+            address = Addresses.of_stretches(*self.map.present_exclusive())
             self._previous = self.columns
             self.columns = columns_of(address, self.by_node)
             self.volatile = 0
             return
         began = time.monotonic()
-        address = self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED))
+        address = Addresses.of_stretches(*self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED)))
         self.columns = carry_over(self.columns, address, self.by_node)
         if self.by_node:
             self._drop_moved()
@@ -158,20 +111,24 @@ class Tracker:
 
     def _drop_moved(self) -> None:
         """Pages that have moved to another node since they were asked for have no digest."""
-        known = np.flatnonzero(self.columns.known)
-        now = self.ask_nodes(self.columns.address[known], self.columns.kind[known])
-        self.columns.known[known[now != self.columns.node[known]]] = False
+        columns = self.columns
+        for at in range(0, len(columns), _PIECE):
+            known = np.flatnonzero(columns.known(slice(at, at + _PIECE))) + at
+            now = self.ask_nodes(columns.address[known], columns.kind(known))
+            columns.unmark(KNOWN, known[now != columns.node[known]])
 
     def tell_nodes_apart(self, by_node: bool) -> None:
         """From now on pages of different nodes have different digests, or not; none is known any more."""
         self.by_node = by_node
-        self.columns = columns_of(self.columns.address, by_node)._replace(calm=self.columns.calm)
+        self.columns.unmark(KNOWN, slice(None))
+        node = np.zeros(len(self.columns), np.uint16) if by_node else no_nodes()
+        self.columns = replace(self.columns, node=node)
 
     def keep_calm(self, index: I64) -> None:
         """Drop the digests of those pages of `index` that are not calm any more; TargetGone."""
         calm = index if self._unarmed else self.still_calm(index)
         if len(calm) < len(index):
-            self.columns.known[np.setdiff1d(index, calm, assume_unique=True)] = False
+            self.columns.unmark(KNOWN, np.setdiff1d(index, calm, assume_unique=True))
 
     def count_volatile(self) -> None:
         """Set `volatile`: pages written since they were armed last; TargetGone."""
@@ -182,48 +139,32 @@ class Tracker:
 
     def drop(self, low: U64, high: U64) -> None:
         """The pages in the stretches [low, high) were written: they have no digest, and are not calm."""
-        first = np.searchsorted(self.columns.address, low)
-        counts = np.searchsorted(self.columns.address, high) - first
-        index = np.repeat(first, counts) + ranges_within(counts)
-        self.columns.known[index] = False
-        self.columns.calm[index] = False
-        if len(self._planned) == len(self.columns.address):
-            self._planned[index] = False
+        self.columns.unmark(KNOWN | CALM | PLANNED, self.columns.address.within(low, high))
 
     def prune(self) -> None:
         """Forget the pages that are not calm any more; TargetGone."""
-        keep = np.zeros(len(self.columns.address), np.bool_)
-        keep[self.still_calm(np.flatnonzero(self.columns.calm))] = True
-        address, digest, kind, known, calm, node = self.columns
-        self.columns = Columns(
-            address[keep], digest[keep], kind[keep], known[keep], calm[keep], taken(node, keep)
-        )
+        columns = self.columns
+        calm = columns.calm()
+        low, high = columns.address.keep(calm).stretches()
+        calm &= columns.address.covered(*self._calm_in(low, high))
+        self.columns = columns.keep(calm)
 
     def look_at(self, low: U64, high: U64) -> None:
         """Find the pages in the stretches [low, high) that are calm now; TargetGone."""
         began = time.monotonic()
-        none_waits = not len(self.wanted())
-        address = self.map.exclusive_in(*self.map.select_in(CALM_MASK, CALM_INVERTED, low, high))
+        none_waits = not self.count_wanted()
+        low, high = self.map.exclusive_in(*self.map.select_in(CALM_MASK, CALM_INVERTED, low, high))
         self._looked = began if none_waits else 0.0
-        at = np.searchsorted(self.columns.address, address)
-        here = at < len(self.columns.address)
-        here[here] = self.columns.address[at[here]] == address[here]
-        self.columns.calm[at[here]] = True
-        if not here.all():
-            at, (old, digest, kind, known, calm, node) = at[~here], self.columns
-            self.columns = Columns(
-                np.insert(old, at, address[~here]),
-                np.insert(digest, at, 0),
-                np.insert(kind, at, 0),
-                np.insert(known, at, False),
-                np.insert(calm, at, True),
-                np.insert(node, at, 0) if self.by_node else node,
-            )
+        self.columns.mark(CALM, self.columns.address.within(low, high))
+        self.columns = self.columns.joined(low, high, self.by_node)
 
     def wanted(self, first: int = 0, end: int | None = None) -> I64:
         """Indices into `columns` (of `first` to `end` - 1) of the calm pages that have no digest."""
-        part = slice(first, end)
-        return np.flatnonzero(self.columns.calm[part] & ~self.columns.known[part]) + first
+        return np.flatnonzero(self.columns.marked(CALM | KNOWN, CALM, slice(first, end))) + first
+
+    def count_wanted(self) -> int:
+        """How many calm pages have no digest."""
+        return int(np.count_nonzero(self.columns.marked(CALM | KNOWN, CALM)))
 
     def was_just_looked_up(self) -> bool:
         """Whether all pages without a digest were looked up within the time that reading a batch takes."""
@@ -234,12 +175,17 @@ class Tracker:
         if not len(index):
             return index
         address = self.columns.address[index]
-        if self._unarmed:
-            return index[self.map.exclusive(address)]
         first, pages = stretches_of(address)
         low = address[first]
-        high = low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
-        return index[inside(address, *self.map.select_in(CALM_MASK, CALM_INVERTED, low, high))]
+        return index[
+            inside(address, *self._calm_in(low, low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)))
+        ]
+
+    def _calm_in(self, low: U64, high: U64) -> tuple[U64, U64]:
+        """Stretches of the pages in [low, high) that are calm at this moment; TargetGone."""
+        if self._unarmed:
+            return self.map.exclusive_in(low, high)
+        return self.map.select_in(CALM_MASK, CALM_INVERTED, low, high)
 
     def learn(self, index: I64, digest: U64, kind: NDArray[np.uint8]) -> None:
         """Enter what hashing the pages `index` gave."""
@@ -248,9 +194,7 @@ class Tracker:
             node = self.ask_nodes(self.columns.address[index], kind)
             self.columns.node[index] = node
             digest, known = apart(digest, node), known & ((node > 0) | (kind == KIND_ZERO))
-        self.columns.digest[index] = digest
-        self.columns.kind[index] = kind
-        self.columns.known[index] = known
+        self.columns.learn(index, digest, kind, known)
 
     def ask_nodes(self, address: U64, kind: NDArray[np.uint8]) -> Nodes:
         """The node + 1 of each of these pages, 0 for those that are gone, and for zeros, which need none."""
@@ -269,31 +213,23 @@ class Tracker:
         """Indices into `columns` of the pages that may be merged: calm, with a digest, not yet planned."""
         return np.flatnonzero(self.may_be_merged())
 
-    def may_be_merged(self) -> NDArray[np.bool_]:
-        """For each page of `columns` whether it is one of the candidates; not to be changed."""
-        keep = self.columns.known
+    def may_be_merged(self) -> Mask:
+        """For each page of `columns` whether it is one of the candidates."""
+        keep = self.columns.marked(KNOWN | PLANNED, KNOWN)
         if self._checksum:
             before = carry_over(self._previous, self.columns.address)
-            keep = keep & before.known & (before.digest == self.columns.digest)
-            self.volatile = int(self.columns.known.sum() - keep.sum())
-        if len(self._planned) == len(keep):
-            keep = keep & ~self._planned
+            same = before.known() & (before.digest == self.columns.digest)
+            self.volatile = int((self.columns.known() & ~same).sum())
+            keep &= same
         return keep
 
     def plan(self, index: I64) -> None:
-        """From now on the pages `index` are no candidates, until `columns` change or `plan_anew`."""
-        if len(self._planned) != len(self.columns.address):
-            self._planned = np.zeros(len(self.columns.address), np.bool_)
-        self._planned[index] = True
-
-    @property
-    def planned(self) -> bool:
-        """Whether a page of `columns` was planned since then."""
-        return len(self._planned) == len(self.columns.address) and bool(self._planned.any())
+        """From now on the pages `index` are no candidates, until other pages come or go, or `plan_anew`."""
+        self.columns.mark(PLANNED, index)
 
     def plan_anew(self) -> None:
         """All pages may be candidates again."""
-        self._planned = np.empty(0, np.bool_)
+        self.columns.unmark(PLANNED, slice(None))
 
 
 def gather(trackers: Sequence[Tracker], chosen: Sequence[I64] | None = None) -> Pages:
@@ -315,8 +251,9 @@ def gather(trackers: Sequence[Tracker], chosen: Sequence[I64] | None = None) -> 
         at += len(index)
         columns = tracker.columns
         target[part] = number
-        np.take(columns.address, index, out=address[part])
-        np.take(columns.kind, index, out=kind[part])
+        columns.address.take(index, address[part])
+        np.take(columns.state, index, out=kind[part])
+        kind[part] &= np.uint8(KIND)
         np.take(columns.digest, index, out=digest[part])
         digest[part] ^= user_key(tracker)
         if len(node):
@@ -349,5 +286,5 @@ def equals_elsewhere(wanted: U64, trackers: Sequence[Tracker], stable: StableTre
     pages = 0
     for tracker in trackers:
         columns = tracker.columns
-        pages += count(columns.digest, columns.known, user_key(tracker), wanted, marks)
+        pages += count(columns.digest, columns.state, KNOWN, user_key(tracker), wanted, marks)
     return pages > len(wanted) or stable.holds_any(wanted)

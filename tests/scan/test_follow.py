@@ -112,7 +112,7 @@ def test_only_what_was_written_and_then_calm_is_looked_at(area, follower):
     assert round_of(follower, area, 2) == []
     area.view[[3, 50]] = 2
     assert round_of(follower, area, 3) == []
-    assert 3 not in area.number(follower.tracker.columns.address[follower.tracker.columns.calm])
+    assert 3 not in area.number(follower.tracker.columns.address[follower.tracker.columns.calm()])
     assert follower.volatile == 2
     area.view[50] = 3
     assert round_of(follower, area, 4) == [3]

@@ -143,7 +143,7 @@ def test_columns_keep_nodes_with_their_pages(area, spread):
     made.prune()
     made.look_at(*np.array([[area.start], [area.end]], np.uint64))
     expected = sorted({*range(0, PAGES, 2), *range(1, PAGES, 4)})
-    assert area.number(made.columns.address) == expected
+    assert area.number(made.columns.address[:]) == expected
     index = made.wanted()
     assert area.number(made.columns.address[index]) == sorted({8, *range(1, PAGES, 4)})
     made.learn(index, np.full(len(index), 7, np.uint64), np.zeros(len(index), np.uint8))

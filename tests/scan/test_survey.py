@@ -57,9 +57,9 @@ def test_a_survey_finds_what_looking_and_hashing_one_after_the_other_do(area, ha
     trackers = [Tracker(os.getpid(), regions(start), passive=True) for _ in range(2)]
     other = Tracker(os.getpid(), regions(start), passive=True)
     other.look()
-    count = len(other.columns.address)
+    count = len(other.columns)
     digests, kinds = np.empty(count, np.uint64), np.empty(count, np.uint8)
-    hasher.digest(LivePages([(os.getpid(), other.columns.address)]), digests, kinds)
+    hasher.digest(LivePages([(os.getpid(), other.columns.address[:])]), digests, kinds)
     other.learn(np.arange(len(digests)), digests, kinds)
     expected = gather([other, other])
     with Lookout(trackers, batch) as lookout:
@@ -193,5 +193,5 @@ def test_where_little_is_present_the_kernel_is_asked_what_is():
     low, high = sparse.present()
     assert low.tolist()[0] == start + 5 * PAGE_BYTES
     assert int((high - low).sum()) <= 2 << 21
-    assert sparse.present_exclusive().tolist()[0] == start + 5 * PAGE_BYTES
+    assert sparse.present_exclusive()[0].tolist()[0] == start + 5 * PAGE_BYTES
     sparse.close()

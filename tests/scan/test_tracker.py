@@ -12,6 +12,7 @@ from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, uffd, vm
 from gpuksm.scan.columns import PAGE_BYTES, pages_of, stretches_of
 from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK
+from gpuksm.scan.state import KNOWN
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
 from gpuksm.scan.trees import no_stable_tree, stable_tree
 
@@ -72,13 +73,13 @@ def test_calm_pages_are_present_armed_unwritten_and_anonymous(area):
     _ = int(area.view[50, 0])  # the zero page: read, never written
     tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
     tracker.look()
-    assert len(tracker.columns.address) == 0  # nothing is armed yet
+    assert len(tracker.columns) == 0  # nothing is armed yet
     tracker.count_volatile()
     assert tracker.volatile == 40
     area.arm()
     area.view[3] = 2
     tracker.look()
-    assert area.number(tracker.columns.address) == [page for page in range(40) if page != 3]
+    assert area.number(tracker.columns.address[:]) == [page for page in range(40) if page != 3]
     tracker.count_volatile()
     assert tracker.volatile == 1
     tracker.close()
@@ -111,7 +112,7 @@ def test_a_digest_holds_while_its_page_is_calm(area):
     assert area.number(tracker.columns.address[tracker.wanted()]) == [5]
     area.view[7] = 2  # written and not armed again: not calm
     tracker.look()
-    assert 7 not in area.number(tracker.columns.address)
+    assert 7 not in area.number(tracker.columns.address[:])
     left = [page for page in range(PAGES) if page not in (5, 7)]
     assert area.number(tracker.columns.address[tracker.candidates()]) == left
     tracker.forget(area.arm())
@@ -149,7 +150,7 @@ def test_pages_shared_by_fork_do_not_count(area):
         area.view[10:12] = 3
         area.arm()
         tracker.look()
-        assert area.number(tracker.columns.address) == [10, 11]
+        assert area.number(tracker.columns.address[:]) == [10, 11]
     finally:
         os.write(write_end, b"x")
         os.waitpid(child, 0)
@@ -160,7 +161,7 @@ def test_passive_trackers_see_all_that_is_present(area):
     area.view[4:8] = 1
     tracker = Tracker(os.getpid(), [(area.start, area.end, 3)], passive=True)
     tracker.look()
-    assert area.number(tracker.columns.address) == [4, 5, 6, 7]
+    assert area.number(tracker.columns.address[:]) == [4, 5, 6, 7]
     tracker.close()
 
 
@@ -223,9 +224,9 @@ def test_looking_at_some_stretches_finds_what_looking_at_all_finds_there(area, g
         found = tracker.map.select_in(CALM_MASK, CALM_INVERTED, low, high)
         expected = [page for page in address.tolist() if page in everything]
         assert pages_of(*found).tolist() == expected
-        assert tracker.map.exclusive_in(*found).tolist() == expected
+        assert pages_of(*tracker.map.exclusive_in(*found)).tolist() == expected
         tracker.look_at(low, high)
-        assert tracker.columns.address.tolist() == expected
+        assert tracker.columns.address[:].tolist() == expected
         tracker.close()
 
 
@@ -300,7 +301,7 @@ def test_a_page_that_equals_nothing_but_itself_has_no_equal(area):
     assert not found()
     other.columns.digest[5] = one.columns.digest[7]
     assert found()
-    other.columns.known[5] = False
+    other.columns.unmark(KNOWN, np.array([5]))
     assert not found()
     one.columns.digest[9] = one.columns.digest[3]
     assert found()
@@ -322,14 +323,39 @@ def test_what_is_dropped_and_found_again_keeps_the_columns_in_order(area):
     at = lambda page: np.array([area.start + page * PAGE_BYTES], np.uint64)  # noqa: E731
     tracker.drop(np.concatenate([at(0), at(7), at(60)]), np.concatenate([at(2), at(8), at(64)]))
     left = [page for page in range(PAGES) if page not in (0, 1, 7, 60, 61, 62, 63)]
-    assert area.number(tracker.columns.address[tracker.columns.calm]) == left
+    assert area.number(tracker.columns.address[tracker.columns.calm()]) == left
     assert len(tracker.wanted()) == 0
     tracker.look_at(np.concatenate([at(0), at(5), at(62)]), np.concatenate([at(1), at(9), at(64)]))
-    assert area.number(tracker.columns.address[tracker.columns.calm]) == sorted([*left, 0, 7, 62, 63])
+    assert area.number(tracker.columns.address[tracker.columns.calm()]) == sorted([*left, 0, 7, 62, 63])
     assert area.number(tracker.columns.address[tracker.wanted()]) == [0, 7, 62, 63]
-    kept = tracker.columns.digest[tracker.columns.known]
+    kept = tracker.columns.digest[tracker.columns.known()]
     learn_again = tracker.wanted()
     tracker.learn(learn_again, np.full(4, 500, np.uint64), np.zeros(4, np.uint8))
     assert tracker.candidates().tolist() == learn_again.tolist()  # all others were planned before
     assert kept.tolist() == [page + 1 for page in left]  # what they were given, at their own pages
+    tracker.close()
+
+
+def kept_bytes(thing):
+    """Bytes of all arrays that are kept in `thing`."""
+    if isinstance(thing, np.ndarray):
+        return thing.nbytes
+    if isinstance(thing, (list, tuple)):
+        return sum(map(kept_bytes, thing))
+    return sum(map(kept_bytes, vars(thing).values())) if hasattr(thing, "__dict__") else 0
+
+
+def test_a_tracker_keeps_few_bytes_of_each_page():
+    pages = 4096
+    memory = mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    np.frombuffer(memory, np.uint8)[::PAGE_BYTES] = 1
+    start = vm.address_of(memory)
+    tracker = Tracker(os.getpid(), [(start, start + pages * PAGE_BYTES, 3)], passive=True)
+    empty = kept_bytes(tracker)
+    tracker.look()
+    learn_all(tracker)
+    tracker.plan(tracker.candidates())
+    assert len(tracker.candidates()) == 0
+    assert len(tracker.columns) == pages
+    assert kept_bytes(tracker) - empty <= 10 * pages
     tracker.close()
