@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
-from gpuksm.hashing.protocol import KIND_NORMAL, KIND_UNREADABLE, KIND_ZERO
+from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import pagemap, procfs
 from gpuksm.scan.addresses import Addresses, Mask
 from gpuksm.scan.columns import (
@@ -199,7 +199,7 @@ class Tracker:
     def ask_nodes(self, address: U64, kind: NDArray[np.uint8]) -> Nodes:
         """The node + 1 of each of these pages, 0 for those that are gone, and for zeros, which need none."""
         node = np.zeros(len(address), np.uint16)
-        wanted = kind == KIND_NORMAL
+        wanted = (kind != KIND_ZERO) & (kind != KIND_UNREADABLE)
         with contextlib.suppress(TargetGone, NotPermitted):
             node[wanted] = nodes_of(self.pid, address[wanted])
         return node

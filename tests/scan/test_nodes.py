@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuksm.errors import TargetGone
-from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
+from gpuksm.hashing.protocol import KIND_CONSTANT, KIND_UNREADABLE, KIND_ZERO
 from gpuksm.linux import numa
 from gpuksm.scan import nodes, tracker
 from gpuksm.scan.columns import PAGE_BYTES
@@ -81,6 +81,18 @@ def test_pages_of_two_nodes_have_two_digests_and_no_runs_across(area, spread):
     pages = gather([made])
     assert np.flatnonzero(~pages.joins).tolist() == [0, 20, 40]
     assert pages.node.tolist() == made.columns.node.tolist()
+    made.close()
+
+
+def test_constant_pages_have_nodes_like_others(area, spread):
+    area.view[:] = 1
+    area.arm()
+    spread.update(dict.fromkeys(range(20), 1))
+    made = Tracker(os.getpid(), [(area.start, area.end, 3)], by_node=True)
+    made.look()
+    made.learn(made.wanted(), np.full(PAGES, 7, np.uint64), np.full(PAGES, KIND_CONSTANT, np.uint8))
+    assert made.wanted().tolist() == []
+    assert made.columns.node.tolist() == [2] * 20 + [1] * (PAGES - 20)
     made.close()
 
 
