@@ -33,7 +33,12 @@ class Scanner:
         return wire.receive(self._socket)[0]
 
     def commit(
-        self, extents: list[int], plan: list[tuple[int, ...]], digests: int = 0, node: int = 0
+        self,
+        extents: list[int],
+        plan: list[tuple[int, ...]],
+        digests: int = 0,
+        node: int = 0,
+        max_pause_us: int = 5000,
     ) -> dict[str, Any]:
         """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, digest_at).
 
@@ -41,7 +46,7 @@ class Scanner:
         """
         payload = b"".join(wire.EXTENT_RECORD.pack(slots, node, 0) for slots in extents)
         payload += b"".join(wire.PLAN_RECORD.pack(*record) for record in plan) + bytes(8 * digests)
-        return self.ask("commit", payload, extents=len(extents), records=len(plan), max_pause_us=5000)
+        return self.ask("commit", payload, extents=len(extents), records=len(plan), max_pause_us=max_pause_us)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,0 +1,59 @@
+"""A run whose continuation fails in a later slice ends well all the same (hazard 3)."""
+
+from __future__ import annotations
+
+from gpuksm import wire
+from gpuksm.guard import commit
+from gpuksm.linux._libc import PAGE_SIZE
+from tests.support import processes
+from tests.support.scanner import Scanner
+from tests.support.scripts import area_script
+from tests.support.world import World
+
+PAGES = 160
+SHORTEST_PAUSE_US = 100
+# Pages of the first slice of a long run, where nothing was learned of pauses yet.
+SLICE = int((commit.Pace().limit(SHORTEST_PAUSE_US) - commit._ENTRY_WEIGHT) / commit._PAGE_WEIGHT)
+
+_GROWING = (
+    area_script(PAGES)
+    + """
+import sys
+for line in sys.stdin:
+    word, *rest = line.split()
+    if word == "quit":
+        break
+    if word == "write":
+        page = int(rest[0])
+        expected[page] = 9000 + page
+        ctypes.memmove(at + page * 4096, content(expected[page]), 4096)
+    if word == "grow":
+        pages = int(rest[0])
+        moved = libc.mremap(at, pages * 4096, (pages + 1) * 4096, 1, None)
+        assert moved not in (at, (1 << 64) - 1)
+        shown = [ctypes.string_at(moved + page * 4096, 4096) for page in range(pages + 1)]
+        right = shown == [content(key) for key in expected[:pages]] + [bytes(4096)]
+        print("OK" if right else "CORRUPT grown", flush=True)
+        continue
+    print("CORRUPT" if wrong() else "OK", flush=True)
+"""
+)
+
+
+def test_a_run_whose_next_slice_begins_with_a_written_page(world: World) -> None:
+    assert 0 < SLICE < PAGES - 1
+    starters = [world.victim("regions", 16, 4, seed, "straight", 777000) for seed in (8, 9)]
+    world.scan(*starters)  # a guard that has learned nothing
+    victim = world.python(_GROWING)
+    scanner = Scanner(world, [victim])
+    victim.ask(f"write {SLICE}")
+    start = victim.area("area")[0]
+    fill = (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, scanner.targets[0], start, PAGES, 0, 0, 0, 0)
+    reply = scanner.commit([PAGES], [fill], max_pause_us=SHORTEST_PAUSE_US)
+    assert reply.get("ok"), reply
+    assert reply["skipped"].get("written") == 1, reply
+    first_slice = processes.merged_pages(victim.pid, start, start + SLICE * PAGE_SIZE)
+    assert first_slice == SLICE - 1, "no border page"
+    victim.verify()
+    victim.ask(f"grow {SLICE - 1}")  # all that is one mapping
+    scanner.close()
