@@ -50,6 +50,7 @@ _PAGE_NS = 4000.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
 _PLACES = 8  # that are tried
+_NAP_SECONDS = 0.0005
 
 
 FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.frozen
@@ -236,8 +237,17 @@ def restore_all(
                 remove_placeholders(target)
         pages += done
         pauses.append((time.monotonic_ns() - started) // 1000)
-        breathe()
+        _let_run(pauses[-1] / 1e6 if target.runs.pages else 0.0, breathe)
     return pages, pauses
+
+
+def _let_run(seconds: float, breathe: Callable[[], None]) -> None:
+    """Leave a target alone for as long as it stood, or pauses would follow each other; others are served."""
+    end = time.monotonic() + seconds
+    breathe()
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _NAP_SECONDS))
+        breathe()
 
 
 def is_loose(target: Target, store: Store, end: int) -> bool:
