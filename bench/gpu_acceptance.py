@@ -36,6 +36,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import gpu_failures
+from bench.gpu_failures import digest
 from gpuksm.errors import GpuksmError
 from gpuksm.hashing import cuda, gpus, opencl
 from gpuksm.hashing.cpu import CpuHasher
@@ -44,7 +45,7 @@ from gpuksm.hashing.cuda import CudaHasher
 from gpuksm.hashing.device import wait
 from gpuksm.hashing.kernels import BLOCK, LANES
 from gpuksm.hashing.opencl import OpenClHasher
-from gpuksm.hashing.protocol import PAGE_BYTES, Hasher, PageSource
+from gpuksm.hashing.protocol import PAGE_BYTES, Hasher
 from gpuksm.hashing.sort import match_sorted, radix_sort
 from gpuksm.hashing.source import ArraySource
 from gpuksm.hashing.tables import Tables, candidates_of
@@ -132,13 +133,6 @@ def mixed_pages(count: int, seed: int) -> NDArray[np.uint8]:
     pages[9::16] = np.tile(np.arange(8, dtype=np.uint64), 64)
     pages[11::16] = pages[10:-1:16][: len(pages[11::16])]
     return pages.view(np.uint8)
-
-
-def digest(hasher: Hasher, source: PageSource) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Digests and kinds of all pages."""
-    digests, kinds = np.empty(source.pages, np.uint64), np.empty(source.pages, np.uint8)
-    hasher.digest(source, digests, kinds)
-    return digests, kinds
 
 
 def median_seconds(repeats: int, work: Callable[[], object]) -> float:
@@ -405,8 +399,7 @@ def memory_after_release(report: Report) -> None:
         report.machine["NVML"] = "nvidia-ml-py is not installed; GPUs in use cannot be told from idle ones"
         return
     hasher = CudaHasher(0)
-    bus_id = hasher.devices[0].split("(")[1].rstrip(")")
-    handle = library.nvmlDeviceGetHandleByPciBusId(bus_id.encode())
+    handle = gpu_failures.card_of(hasher, library)
 
     def used() -> int:
         return int(library.nvmlDeviceGetMemoryInfo(handle).used)

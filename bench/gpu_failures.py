@@ -31,7 +31,7 @@ from gpuksm.errors import BackendUnavailable
 from gpuksm.hashing import device, gpus, ring, tables
 from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.cuda import CudaHasher
-from gpuksm.hashing.protocol import PAGE_BYTES, Hasher
+from gpuksm.hashing.protocol import PAGE_BYTES, Hasher, PageSource
 from gpuksm.hashing.source import ArraySource
 from gpuksm.linux.leaving import leave_for_ever
 
@@ -53,11 +53,17 @@ sys.stdin.read()
 """
 
 
-def digests_of(hasher: Hasher, source: ArraySource) -> NDArray[np.uint64]:
-    """The digests of all pages."""
-    digests, kinds = np.zeros(source.pages, np.uint64), np.zeros(source.pages, np.uint8)
+def digest(hasher: Hasher, source: PageSource) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Digests and kinds of all pages."""
+    digests, kinds = np.empty(source.pages, np.uint64), np.empty(source.pages, np.uint8)
     hasher.digest(source, digests, kinds)
-    return digests
+    return digests, kinds
+
+
+def card_of(hasher: CudaHasher, library: Any) -> Any:
+    """NVML's handle of the card that a hasher has open."""
+    bus_id = hasher.devices[0].split("(")[1].rstrip(")")
+    return library.nvmlDeviceGetHandleByPciBusId(bus_id.encode())
 
 
 @functools.cache
@@ -66,12 +72,13 @@ def work() -> tuple[ArraySource, NDArray[np.uint64]]:
     octets = np.random.default_rng(1).integers(0, 1 << 64, PAGES * PAGE_BYTES // 8, np.uint64)
     source = ArraySource(octets.view(np.uint8))
     with closing(CpuHasher(SEED)) as cpu:
-        return source, digests_of(cpu, source)
+        return source, digest(cpu, source)[0]
 
 
 def must_agree(hasher: Hasher) -> None:
+    """AssertionError unless the hasher gives the CPU's digests, and sorts them."""
     source, wanted = work()
-    if not np.array_equal(digests_of(hasher, source), wanted):
+    if not np.array_equal(digest(hasher, source)[0], wanted):
         raise AssertionError("wrong digests")
     order = hasher.sort(wanted)[1]
     if not np.array_equal(order, np.argsort(wanted, kind="stable")):
@@ -156,10 +163,7 @@ def wanted() -> None:
         try:
             time.sleep(2)
             library = gpus.nvml()
-            handle = library and library.nvmlDeviceGetHandleByPciBusId(
-                hasher.devices[0].split("(")[1][:-1].encode()
-            )
-            seen = bool(library) and gpus.other_processes(handle, library) > 0
+            seen = bool(library) and gpus.other_processes(card_of(hasher, library), library) > 0
             must_agree(hasher)
             if seen and hasher.devices:
                 raise AssertionError("the card was kept from a process that NVML shows")
@@ -201,7 +205,7 @@ def for_ever() -> None:
     source, _digests = work()
     with closing(CudaHasher(SEED)) as hasher:
         while True:
-            digests_of(hasher, source)
+            digest(hasher, source)
             print("hashed", flush=True)
 
 

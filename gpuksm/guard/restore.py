@@ -70,8 +70,7 @@ def restore_piece(target: Target, journal: Journal, start: int, end: int, *, bor
     while start < end:
         vma = target.query(start)
         if vma is None:
-            run = target.runs.at(start)
-            stop = end if run is None else min(end, run.end)
+            stop = start + PAGE_SIZE  # how long the hole is is not known, and what is behind it may be merged
             target.runs.remove(start, stop)
         elif not vma.inode:
             # In our books only: an error came between noting it and mapping it.
@@ -96,7 +95,7 @@ def _end_of_alike(target: Target, vma: mappings.VmaQuery, end: int) -> int:
     at = vma.end
     while at < end:
         after = target.query(at)
-        if after is None or not after.inode or protection(after) != protection(vma):
+        if after is None or after.inode != vma.inode or protection(after) != protection(vma):
             return at
         at = after.end
     return min(at, end)

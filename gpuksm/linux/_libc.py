@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -56,3 +57,14 @@ def syscall_function(name: str, number: int, *argtypes: Any) -> Any:
 def unsupported(error: OSError) -> bool:
     """True when an errno means that this kernel does not have the feature asked for."""
     return error.errno in (errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def supported(call: Callable[[], object]) -> bool:
+    """Whether this kernel has what `call` asks for; other errors are raised."""
+    try:
+        call()
+    except OSError as error:
+        if unsupported(error):
+            return False
+        raise
+    return True

@@ -11,7 +11,8 @@ def leave_for_ever(*held: object) -> None:
 
     A driver waits for its device when a module or a context of it is freed, and once more in what it
     has the C library run at exit.  So nothing in `held` is freed, not by the interpreter's own end
-    either, and the process leaves before the drivers' turn, with the exit code it was to have.
+    either, and the process leaves before the drivers' turn, with the exit code it was to have.  What else
+    was registered with the C library before that (buffers of its files too) has no turn either.
     """
     for one in held:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))

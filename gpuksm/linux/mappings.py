@@ -15,7 +15,7 @@ import struct
 from typing import NamedTuple
 
 from gpuksm.errors import TargetGone
-from gpuksm.linux._libc import unsupported
+from gpuksm.linux._libc import supported
 from gpuksm.linux.procfs import errors_of, read, text
 
 _ANY_PERMS, _ANY_INODE = "[r-][w-][x-][sp]", r"\d+"
@@ -228,11 +228,6 @@ def has_query_vma() -> bool:
     """Whether this kernel answers PROCMAP_QUERY."""
     fd = open_maps(os.getpid())
     try:
-        query_vma(fd, 0)
-    except OSError as error:
-        if unsupported(error):
-            return False
-        raise
+        return supported(lambda: query_vma(fd, 0))
     finally:
         os.close(fd)
-    return True

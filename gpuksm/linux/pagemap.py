@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Sequence
 
-from gpuksm.linux._libc import PAGE_SIZE, unsupported
+from gpuksm.linux._libc import PAGE_SIZE, supported
 from gpuksm.linux.procfs import errors_of
 
 PAGE_IS_WPALLOWED = 1 << 0
@@ -182,11 +182,6 @@ def probe() -> bool:
     """Whether this kernel has PAGEMAP_SCAN."""
     fd = open_pagemap(os.getpid())
     try:
-        scan_into(fd, 0, PAGE_SIZE, 0, 0)
-    except OSError as error:
-        if unsupported(error):
-            return False
-        raise
+        return supported(lambda: scan_into(fd, 0, PAGE_SIZE, 0, 0))
     finally:
         os.close(fd)
-    return True

@@ -68,8 +68,8 @@ REMOVALS = (
         "gpuksm/guard/restore.py",
         (
             (
-                "if after is None or not after.inode or protection(after) != protection(vma):",
-                "if after is None or not after.inode:",
+                "if after is None or after.inode != vma.inode or protection(after) != protection(vma):",
+                "if after is None or after.inode != vma.inode:",
             ),
         ),
         "tests/safety/test_stretches.py",
