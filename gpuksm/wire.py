@@ -19,8 +19,12 @@ MAX_PAYLOAD = 512 << 20
 PLAN_RECORD = struct.Struct("<BBHIQIIQQQ")
 EXTENT_RECORD = struct.Struct("<IIQ")  # slots, NUMA node + 1 (0: any), reserved
 SLOTS_RECORD = struct.Struct("<QII")  # first slot, slots, NUMA node + 1 (0: any)
-OP_FILL, OP_MAP, OP_ZERO, OP_FILL_REPLICA = 1, 2, 3, 4
+OP_FILL, OP_MAP, OP_ZERO, OP_FILL_REPLICA, OP_MAP_EACH = 1, 2, 3, 4, 5
 FLAG_NEW_EXTENT = 1
+# In the column of a MAP_EACH: a slot of the store, or this bit, the index of a new extent from bit 32 on, and
+# the slot within it.
+EACH_NEW_EXTENT = 1 << 63
+EACH_EXTENT_SHIFT = 32
 
 
 class WireError(Exception):

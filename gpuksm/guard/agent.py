@@ -33,11 +33,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import select
 import socket
 import struct
 import time
+from array import array
 from collections.abc import Iterator
 
 from gpuksm.errors import TargetGone
@@ -104,6 +106,21 @@ class Table:
         self.entries += _ENTRY.pack(0, flags, number, *arguments, *_NO_ARGUMENTS[len(arguments) :])
         self.unlinked += not flags
         return len(self.entries) // _ENTRY_BYTES - 1
+
+    def add_each(self, number: int, *arguments: array[int] | int) -> int:
+        """Entries for one call with each of the columns' values; all but the first `while_guarded`.
+
+        An argument that is no column is the same in all of them.  Returns the index of the first's result.
+        """
+        count = max(len(argument) for argument in arguments if not isinstance(argument, int))
+        words = array("Q", bytes(count * _ENTRY_BYTES))
+        step = _ENTRY_BYTES // 8
+        words[0::step] = array("Q", (0, *itertools.repeat((_LINKED | _WHILE_GUARDED) << 32, count - 1)))
+        for at, argument in enumerate((number, *arguments), 1):
+            words[at::step] = array("Q", (argument,)) * count if isinstance(argument, int) else argument
+        self.entries += words.tobytes()
+        self.unlinked += 1
+        return len(self) - count
 
     def room(self, entries: int, aux_bytes: int) -> bool:
         """True when this many more entries and auxiliary bytes fit."""
@@ -348,8 +365,9 @@ class Agent:
         if size:
             with self._errors():
                 vm.readv(self.tid, [(_SCRATCH.address, size)], [(self.block + TABLE_OFFSET, size)])
-        results = list(struct.unpack_from(f"<{performed * 8}q", _SCRATCH.data)[1::8])
-        return results + [-125] * (count - performed)
+        words = array("q")
+        words.frombytes(_SCRATCH.data[:size])
+        return words[1 :: _ENTRY_BYTES // 8].tolist() + [-errno.ECANCELED] * (count - performed)
 
 
 class Muzzled(Agent):

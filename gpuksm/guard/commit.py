@@ -21,12 +21,12 @@ A successor finds what was mapped in /proc/PID/maps.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from gpuksm.guard import faults
 from gpuksm.guard.agent import Table
@@ -42,9 +42,8 @@ from gpuksm.linux._libc import PAGE_SIZE
 
 _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
 _NOT = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_FILE | pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
-_MAX_SLICE_PIECES = 900
-_WORTH_PREPARING = 8  # pieces
-_ENTRY_WEIGHT, _PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; `Pace` corrects them
+MAX_SLICE_RUNS = 900
+ENTRY_WEIGHT, PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; `Pace` corrects them
 
 
 class Pace:
@@ -90,21 +89,18 @@ class Outcome:
         if pages:
             self.skipped[reason] = self.skipped.get(reason, 0) + pages
 
-    def done(self, piece: Piece, pages: int) -> None:
-        self.merged[piece.record] = self.merged.get(piece.record, 0) + pages
+    def done(self, piece: Piece) -> None:
         if piece.slot is None:
-            self.zero_pages += pages
+            self.merged[piece.record] = self.merged.get(piece.record, 0) + piece.pages
+            self.zero_pages += piece.pages
+            self.runs += 1
         else:
-            self.mapped_pages += pages
-        self.runs += 1
+            self.mapped(piece.record, piece.pages, 1)
 
-
-class _Prepared(NamedTuple):
-    """A table made before the freeze, the mapping that it is for, and pieces with who is behind them."""
-
-    batch: Batch
-    vma: mappings.VmaQuery
-    ends: list[tuple[Piece, Piece | None]]
+    def mapped(self, record: int, pages: int, runs: int) -> None:
+        self.merged[record] = self.merged.get(record, 0) + pages
+        self.mapped_pages += pages
+        self.runs += runs
 
 
 @dataclass
@@ -128,17 +124,17 @@ class Committer:
             chosen, pieces = self._slice(pieces)
             fitting, room = self._within_budget(target, chosen, room)
             if fitting:
-                self._commit_slice(target, fitting, pieces[0] if pieces else None)
+                self.commit_slice(target, fitting, pieces[0] if pieces else None)
             self.breathe()
 
     def _slice(self, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
         """As many pieces as one pause allows, the last cut where needed; and the rest."""
         left = self.pace.limit(self.max_pause_us)
         for index, piece in enumerate(pieces):
-            left -= _ENTRY_WEIGHT
-            weight = piece.pages * _PAGE_WEIGHT
+            left -= ENTRY_WEIGHT
+            weight = piece.pages * PAGE_WEIGHT
             if weight > left:
-                pages = int(left / _PAGE_WEIGHT)
+                pages = int(left / PAGE_WEIGHT)
                 if pages < 1 and index:
                     return pieces[:index], pieces[index:]
                 pages = max(1, min(pages, piece.pages))
@@ -149,7 +145,7 @@ class Committer:
                     rest.insert(0, Piece(piece.record, head.end, piece.pages - pages, slot))
                 return [*pieces[:index], head], rest
             left -= weight
-            if index + 1 == _MAX_SLICE_PIECES:
+            if index + 1 == MAX_SLICE_RUNS:
                 return pieces[: index + 1], pieces[index + 1 :]
         return pieces, []
 
@@ -168,86 +164,47 @@ class Committer:
         self.outcome.skip("vma-budget", sum(p.pages for p in mapped if p not in keep))
         return [p for p in pieces if p.slot is None or p in keep], room - 3 * len(keep)
 
-    def _commit_slice(self, target: Target, pieces: list[Piece], following: Piece | None) -> None:
-        weight = _ENTRY_WEIGHT * len(pieces) + _PAGE_WEIGHT * sum(piece.pages for piece in pieces)
-        prepared = self._prepared(target, pieces, following)
+    def commit_slice(self, target: Target, pieces: list[Piece], following: Piece | None) -> None:
+        """Commit `pieces`, ascending, in one freeze; `following` will be mapped next."""
+        with self.paused(
+            target, ENTRY_WEIGHT * len(pieces) + PAGE_WEIGHT * sum(piece.pages for piece in pieces)
+        ):
+            valid = self.validated(target, pieces)
+            faults.point("commit-validated")
+            self.map(target, valid, following)
+            faults.point("commit-mapped")
+
+    @contextlib.contextmanager
+    def paused(self, target: Target, weight: float) -> Iterator[None]:
+        """A freeze of `target` for work of `weight` guessed microseconds, whose pause is noted."""
         started = time.monotonic_ns()
         with self.frozen(target):
-            if prepared is not None and self._holds(target, pieces, prepared):
-                faults.point("commit-validated")
-                self._perform(target, prepared.batch)
-            else:
-                valid = self._validated(target, pieces)
-                faults.point("commit-validated")
-                self._map(target, valid, following)
-            faults.point("commit-mapped")
+            yield
         pause_us = (time.monotonic_ns() - started) // 1000
         self.pace.learn(weight, pause_us)
         self.outcome.pauses_us.append(pause_us)
         target.pauses_us.append(pause_us)
         faults.point("commit-thawed")
 
-    def _prepared(self, target: Target, pieces: list[Piece], following: Piece | None) -> _Prepared | None:
-        """What maps `pieces` if all prove valid and lie in one plain mapping; None where it takes more.
-
-        Nothing of it is relied on: it is what need not be done while the target stands still.
-        """
-        start, end = pieces[0].addr, pieces[-1].end
-        vma = target.query(start)
-        if len(pieces) < _WORTH_PREPARING or vma is None or not self._is_plain(target, start, end, vma):
-            return None
-        batch, prot, ends = Batch(target), protection(vma), []
-        for index, piece in enumerate(pieces):
-            behind = pieces[index + 1] if index + 1 < len(pieces) else following
-            if piece.slot is None or not batch.room():
-                return None
-            if behind is None or behind.addr != piece.end:
-                ends.append((piece, behind))
-                if self._needs_border(target, piece, behind):
-                    return None
-            elif behind.slot is None:
-                return None
-            batch.add_run(piece, prot, merged=False)
-        batch.close()
-        faults.point("prepared")
-        return _Prepared(batch, vma, ends)
-
-    def _is_plain(self, target: Target, start: int, end: int, vma: mappings.VmaQuery | None) -> bool:
-        """Whether [start, end) is anonymous memory in one mapping, of which nothing else is known."""
-        whole = Piece(0, start, (end - start) // PAGE_SIZE, None)
-        return vma is not None and end <= vma.end and self._refusal(target, whole, vma) is None
-
     # -- inside the freeze -------------------------------------------------------
 
-    def _holds(self, target: Target, pieces: list[Piece], prepared: _Prepared) -> bool:
-        """Whether all that was prepared is what is to be done; all of it is looked at again."""
-        start, end = pieces[0].addr, pieces[-1].end
-        vma = target.query(start)
-        if vma is None or not self._is_plain(target, start, end, vma):
-            return False
-        if protection(vma) != protection(prepared.vma) or self._locked_anew(target):
-            return False
-        if any(self._needs_border(target, piece, behind) for piece, behind in prepared.ends):
-            return False
-        return _intersect(pieces, self._calm(target, start, end)) == pieces
-
-    def _locked_anew(self, target: Target) -> bool:
+    def locked_anew(self, target: Target) -> bool:
         """What is locked must stay so, and which it is takes too long to ask in a freeze."""
         return mappings.locked_kib(target.pid) != target.known_locked_kib
 
-    def _calm(self, target: Target, start: int, end: int) -> list[tuple[int, int]]:
+    def calm(self, target: Target, start: int, end: int) -> list[tuple[int, int]]:
         """Ranges in [start, end) of pages that may be replaced, by what the kernel says of each."""
         calm = pagemap.scan(
             target.pagemap, start, end, inverted=_NOT, mask=_CALM | _NOT, ret=pagemap.PAGE_IS_PRESENT
         )
         return [(low, high) for low, high, _ in calm]
 
-    def _validated(self, target: Target, pieces: list[Piece]) -> list[tuple[Piece, int]]:
+    def validated(self, target: Target, pieces: list[Piece]) -> list[tuple[Piece, int]]:
         """The parts of `pieces` that may be replaced now, each with its protection."""
-        if self._locked_anew(target):
+        if self.locked_anew(target):
             self.outcome.skip("locked", sum(piece.pages for piece in pieces))
             return []
-        parts = _intersect(pieces, self._calm(target, pieces[0].addr, pieces[-1].end))
+        parts = intersect(pieces, self.calm(target, pieces[0].addr, pieces[-1].end))
         self.outcome.skip("written", sum(p.pages for p in pieces) - sum(p.pages for p in parts))
         valid: list[tuple[Piece, int]] = []
         vma: mappings.VmaQuery | None = None
@@ -258,7 +215,7 @@ class Committer:
                     vma = target.query(at.addr)
                 pages = at.pages if vma is None else min(at.pages, (vma.end - at.addr) // PAGE_SIZE)
                 head = at if pages == at.pages else at._replace(pages=pages)
-                reason = self._refusal(target, head, vma)
+                reason = self.refusal(target, head, vma)
                 if vma is None or reason is not None:
                     self.outcome.skip(reason or "unmapped", pages)
                 else:
@@ -269,7 +226,7 @@ class Committer:
                 at = Piece(at.record, at.addr + pages * PAGE_SIZE, at.pages - pages, slot)
         return valid
 
-    def _refusal(self, target: Target, piece: Piece, vma: mappings.VmaQuery | None) -> str | None:
+    def refusal(self, target: Target, piece: Piece, vma: mappings.VmaQuery | None) -> str | None:
         if vma is None:
             return "unmapped"
         merged = target.runs.overlapping(piece.addr, piece.end)
@@ -293,7 +250,7 @@ class Committer:
             return False
         return merged[0].slot * PAGE_SIZE - vma.offset == merged[0].start - vma.start
 
-    def _map(self, target: Target, valid: list[tuple[Piece, int]], following: Piece | None) -> None:
+    def map(self, target: Target, valid: list[tuple[Piece, int]], following: Piece | None) -> None:
         batch = Batch(target)
         for index, (piece, prot) in enumerate(valid):
             if not batch.room():
@@ -304,13 +261,13 @@ class Committer:
                 continue
             behind = valid[index + 1][0] if index + 1 < len(valid) else following
             merged = bool(target.runs.overlapping(piece.addr, piece.end))
-            if self._needs_border(target, piece, behind):
+            if self.needs_border(target, piece, behind):
                 piece = self._with_border(batch, piece, merged)
             if piece.pages:
                 batch.add_run(piece, prot, merged)
         self._perform(target, batch)
 
-    def _needs_border(self, target: Target, piece: Piece, behind: Piece | None) -> bool:
+    def needs_border(self, target: Target, piece: Piece, behind: Piece | None) -> bool:
         """Whether growth of `piece` would show other slots, or foreign memory behind it."""
         assert piece.slot is not None
         if piece.end in self.continued:
@@ -346,20 +303,20 @@ class Committer:
         results = target.link.agent.perform(batch.table)
         for piece, index in batch.zeros:
             if results[index] == 0:
-                self.outcome.done(piece, piece.pages)
+                self.outcome.done(piece)
             else:
                 self.outcome.skip("madvise-failed", piece.pages)
         failed = []
         for (piece, prot, index), watched in zip(batch.runs, batch.watched, strict=True):
             if results[index] == piece.addr and results[watched] == 0:
-                self.outcome.done(piece, piece.pages)
+                self.outcome.done(piece)
                 self.outcome.remerged_pages += piece.pages if piece.addr in before else 0
             else:
                 failed.append((piece, prot))
         for piece, prot in failed:
-            self._cure(target, piece, prot, before.get(piece.addr, []))
+            self.cure(target, piece, prot, before.get(piece.addr, []))
 
-    def _cure(self, target: Target, piece: Piece, prot: int, before: list[Run]) -> None:
+    def cure(self, target: Target, piece: Piece, prot: int, before: list[Run]) -> None:
         """A mapping failed, or could not be watched: make the memory right again (hazard 12).
 
         `before` is what was merged in its place.
@@ -403,7 +360,7 @@ def vma_budget(pid: int) -> int:
     return limit // 2 - census.count_vmas(pid)
 
 
-def _intersect(pieces: list[Piece], ranges: list[tuple[int, int]]) -> list[Piece]:
+def intersect(pieces: list[Piece], ranges: list[tuple[int, int]]) -> list[Piece]:
     """The parts of sorted `pieces` inside sorted, disjoint `ranges`."""
     parts: list[Piece] = []
     index = 0

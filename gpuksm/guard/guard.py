@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from gpuksm import eligibility
@@ -363,8 +363,8 @@ class Guard:
                 if not target.runs.pages:
                     self.drop(target)
 
-    def status(self) -> dict[str, Any]:
-        """What `gpuksm status` shows."""
+    def status(self, budgets: Container[int] | None = None) -> dict[str, Any]:
+        """What `gpuksm status` shows; `budgets`: ids of the targets whose VMAs are counted, all when None."""
         return {
             "targets": [
                 {
@@ -373,7 +373,7 @@ class Guard:
                     "target": target.id,
                     "merged_pages": target.runs.pages,
                     "runs": len(target.runs),
-                    "vma_budget": _budget(target.pid),
+                    "vma_budget": _budget(target.pid) if budgets is None or target.id in budgets else None,
                     "stopped": target.parked is not None,
                 }
                 for target in self.targets.values()

@@ -4,36 +4,35 @@ A plan may be of any size; it is carried out in portions of some 64 MiB of new s
 so that the store never gets far ahead of the memory that is freed.
 
 The plan comes from the scanner, which is not trusted: every number in it is
-checked here, and every page is compared before it is mapped.
+checked (request.py), and every page is compared before it is mapped.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol, TypeVar
 
 from gpuksm import eligibility, wire
-from gpuksm.errors import NotPermitted, TargetGone, UsageError
-from gpuksm.guard import faults, headroom, journal, verify
+from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.guard import chains, faults, headroom, journal, request, verify
 from gpuksm.guard.agent import AgentStuck
+from gpuksm.guard.chain_commit import ChainCommitter
+from gpuksm.guard.chains import Chain
 from gpuksm.guard.commit import Committer, Outcome, Pace
 from gpuksm.guard.freeze import FreezeFailed
+from gpuksm.guard.request import FILLS, Planned
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loose
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.verify import Piece
-from gpuksm.linux import numa
 from gpuksm.linux._libc import PAGE_SIZE
 
-_MAX_PAGES = 1 << 20
 _WINDOW_PAGES = 1 << 14
-_SHORT_PAGES, _SHORT_RUNS = 16, 1 << 15
+_CHAIN_PAGES = 1 << 15
 
-_FILLS = (wire.OP_FILL, wire.OP_FILL_REPLICA)
-_REPLACES = (wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO)
+_Item = TypeVar("_Item", Piece, Chain)
 
 
 class Host(Protocol):
@@ -51,25 +50,6 @@ class Host(Protocol):
     def drop(self, target: Target) -> None: ...
 
 
-class Planned(NamedTuple):
-    """One plan record with its slots resolved."""
-
-    record: int
-    op: int
-    target: int
-    addr: int
-    pages: int
-    slot: int
-    extent: int | None
-    digest: int
-    digest_at: int
-    continued: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.addr + self.pages * PAGE_SIZE
-
-
 @dataclass
 class Result:
     """Outcome of a commit and pages merged per plan record (`<u4` column)."""
@@ -81,70 +61,39 @@ class Result:
 
 def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, max_pause_us: int) -> Result:
     """Carry out a plan; UsageError when it is malformed (nothing was done then)."""
-    new, plan, digests = _parse(extents, records, payload)
+    new, plan, column = request.parse(extents, records, payload)
     starts, unplaced = _allocate(host, new, plan)
-    planned = [_resolve(record, index, starts) for index, record in enumerate(plan)]
-    _remember(host, planned, digests)
+    planned, wanted = request.resolve(plan, starts, column)
+    _remember(host, planned, column)
     outcome = Outcome()
     spans: dict[int, tuple[int, int]] = {}  # of each target: where something of it may have changed
     cut = _cut_to_windows(planned)
-    continued = {(part.target, part.end) for part in cut if part.continued}
+    continued: dict[int, set[int]] = {}  # of each target: where pieces end that go on in a later portion
+    for part in cut:
+        if part.continued:
+            continued.setdefault(part.target, set()).add(part.end)
+    for number, chain in wanted:
+        continued.setdefault(number, set()).add(chain.addr)
     for portion in _portions(cut):
         pieces: dict[int, list[Piece]] = {}
         _fill(host, portion, pieces, unplaced, outcome)
         _verify(host, portion, pieces, outcome)
         for number, mine in pieces.items():
-            low, high = spans.get(number, (1 << 64, 0))
-            low = min([low, *(piece.addr for piece in mine)])
-            spans[number] = low, max([high, *(piece.end for piece in mine)])
-            going_on = {end for target, end in continued if target == number}
-            _commit(host, number, mine, going_on, max_pause_us, outcome)
+            _widen(spans, number, mine)
+            committer = _committer(host, continued.get(number, set()), max_pause_us, outcome)
+            _commit(host, number, mine, committer.run, outcome)
+    for number, some in _chain_portions(wanted):
+        equal = _equal_chains(host, number, some, outcome)
+        if equal:
+            _widen(spans, number, equal)
+            chainwise = ChainCommitter(_committer(host, set(), max_pause_us, outcome))
+            _commit(host, number, equal, chainwise.run, outcome)
     _settle(host, spans)
     host.pauses_us.extend(outcome.pauses_us)
     del host.pauses_us[:-100_000]
-    column = struct.pack(f"<{len(planned)}I", *(outcome.merged.get(i, 0) for i in range(len(planned))))
+    merged = struct.pack(f"<{len(plan)}I", *(outcome.merged.get(i, 0) for i in range(len(plan))))
     vmas = {number: len(host.targets[number].runs) for number in spans if number in host.targets}
-    return Result(outcome, column, vmas)
-
-
-def _parse(
-    extents: int, count: int, payload: bytes | bytearray
-) -> tuple[list[tuple[int, int]], list[tuple[int, ...]], bytes]:
-    """(slots and node of each extent, plan records, digest column)."""
-    at = extents * wire.EXTENT_RECORD.size
-    end = at + count * wire.PLAN_RECORD.size
-    if not (0 <= extents <= _MAX_PAGES and 0 <= count <= 4 * _MAX_PAGES and end <= len(payload)):
-        raise UsageError("malformed plan: extents and records do not fit the payload")
-    if (len(payload) - end) % 8:
-        raise UsageError("malformed plan: the digest column is no multiple of 8 bytes")
-    new = [(slots, node) for slots, node, _ in wire.EXTENT_RECORD.iter_unpack(payload[:at])]
-    if any(not 0 < slots <= _MAX_PAGES for slots, _ in new):
-        raise UsageError("malformed plan: extent size out of range")
-    if any(node > numa.MAX_NODES for _, node in new):
-        raise UsageError("malformed plan: there is no such NUMA node")
-    records = list(wire.PLAN_RECORD.iter_unpack(payload[at:end]))
-    for op, flags, _, _, addr, pages, extent, slot, _, _ in records:
-        if not wire.OP_FILL <= op <= wire.OP_FILL_REPLICA or not 0 < pages <= _MAX_PAGES or addr % PAGE_SIZE:
-            raise UsageError("malformed plan: record out of range")
-        if flags & wire.FLAG_NEW_EXTENT:
-            if extent >= len(new) or slot + pages > new[extent][0]:
-                raise UsageError("malformed plan: record outside its extent")
-        elif op in _FILLS:
-            raise UsageError("malformed plan: only new extents are filled")
-    _check_disjoint(records)
-    return new, records, bytes(payload[end:])
-
-
-def _check_disjoint(records: list[tuple[int, ...]]) -> None:
-    """No page is replaced twice; no slot is filled twice, or the second content showed where the first is."""
-    filled = sorted((record[6], record[7], record[5]) for record in records if record[0] in _FILLS)
-    for (extent, slot, pages), (next_extent, next_slot, _) in itertools.pairwise(filled):
-        if extent == next_extent and next_slot < slot + pages:
-            raise UsageError("malformed plan: a slot is filled twice")
-    replaced = sorted((record[3], record[4], record[5]) for record in records if record[0] in _REPLACES)
-    for (target, addr, pages), (next_target, next_addr, _) in itertools.pairwise(replaced):
-        if target == next_target and next_addr < addr + pages * PAGE_SIZE:
-            raise UsageError("malformed plan: a page is in two records")
+    return Result(outcome, merged, vmas)
 
 
 def _allocate(
@@ -157,7 +106,7 @@ def _allocate(
     users: dict[int, int] = {}
     pages: dict[int, int] = {}
     for op, flags, _, target, addr, _, extent, slot, *_ in records:
-        if op in _FILLS and flags & wire.FLAG_NEW_EXTENT and target in host.targets:
+        if op in FILLS and flags & wire.FLAG_NEW_EXTENT and target in host.targets:
             users.setdefault(extent, host.targets[target].user)
             pages.setdefault(extent, addr // PAGE_SIZE - slot)
     starts = []
@@ -169,18 +118,11 @@ def _allocate(
     return starts, host.store.place(starts) if any(node for _, node in new) else set()
 
 
-def _resolve(record: tuple[int, ...], index: int, starts: list[int]) -> Planned:
-    op, flags, _, target, addr, pages, extent, slot, digest, digest_at = record
-    new = bool(flags & wire.FLAG_NEW_EXTENT)
-    first = starts[extent] if new else 0
-    return Planned(index, op, target, addr, pages, first + slot, first if new else None, digest, digest_at)
-
-
 def _remember(host: Host, planned: list[Planned], digests: bytes) -> None:
     """Keep the digests of new slots for the next scanner's stable tree; nothing else relies on them."""
     columns: dict[int, bytearray] = {}
     for item in planned:
-        if item.op not in _FILLS or item.extent is None:
+        if item.op not in FILLS or item.extent is None:
             continue
         whole = columns.setdefault(item.extent, bytearray(host.store.digests_of(item.extent)))
         if item.op == wire.OP_FILL_REPLICA:
@@ -221,49 +163,51 @@ def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
 
 
 def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
-    """Groups of parts to be carried out one after the other; what is filled comes before what maps it.
-
-    Short runs that have only such neighbours come last, by address: they are then mapped
-    together, however far apart their slots are, and none of them has to end in a border page.
-    """
-    short = _short_chains(parts)
-    ordered = sorted(
-        (part for part in parts if part.record not in short),
-        key=lambda part: (_window(part), part.op not in _FILLS),
-    )
+    """Groups of parts to be carried out one after the other; what is filled comes before what maps it."""
+    ordered = sorted(parts, key=lambda part: (_window(part), part.op not in FILLS))
     portion: list[Planned] = []
     filled = 0
     for index, part in enumerate(ordered):
         portion.append(part)
-        filled += part.pages if part.op in _FILLS else 0
+        filled += part.pages if part.op in FILLS else 0
         last = index + 1 == len(ordered)
         if last or (filled >= _WINDOW_PAGES and _window(ordered[index + 1]) != _window(part)):
             yield portion
             portion, filled = [], 0
-    last_ones = sorted((part for part in parts if part.record in short), key=_place)
-    for at in range(0, len(last_ones), _SHORT_RUNS):
-        yield last_ones[at : at + _SHORT_RUNS]
 
 
-def _short_chains(parts: list[Planned]) -> set[int]:
-    """Records of runs that only map few pages, as do all that follow each other around them."""
-    found: set[int] = set()
-    chain: list[Planned] = []
-    for part in sorted((part for part in parts if part.op in _REPLACES), key=_place):
-        if chain and (chain[-1].target, chain[-1].end) != (part.target, part.addr):
-            found.update(_if_short(chain))
-            chain = []
-        chain.append(part)
-    return found.union(_if_short(chain))
+def _chain_portions(wanted: list[tuple[int, Chain]]) -> Iterator[tuple[int, list[Chain]]]:
+    """The chains of each target by address, some at a time: what is compared is soon mapped."""
+    portion: list[Chain] = []
+    pages, of = 0, 0
+    for number, chain in sorted(wanted, key=lambda item: (item[0], item[1].addr)):
+        if portion and (number != of or pages + len(chain.slots) > _CHAIN_PAGES):
+            yield of, portion
+            portion, pages = [], 0
+        of = number
+        portion.append(chain)
+        pages += len(chain.slots)
+    if portion:
+        yield of, portion
 
 
-def _if_short(chain: list[Planned]) -> list[int]:
-    short = all(part.op == wire.OP_MAP and part.pages < _SHORT_PAGES for part in chain)
-    return [part.record for part in chain] if short else []
-
-
-def _place(part: Planned) -> tuple[int, int]:
-    return part.target, part.addr
+def _equal_chains(host: Host, number: int, wanted: list[Chain], outcome: Outcome) -> list[Chain]:
+    """The parts of the chains `wanted` of a target that are equal to their slots."""
+    target = host.targets.get(number)
+    if target is None:
+        outcome.skip("gone", sum(len(chain.slots) for chain in wanted))
+        return []
+    equal: list[Chain] = []
+    for chain in wanted:
+        try:
+            equal += chains.verify(
+                host.store, target.link.agent.tid, target.user, chain, host.breathe, outcome.skip
+            )
+        except ProcessLookupError:
+            host.drop(target)
+            return []
+    faults.point("verified")
+    return equal
 
 
 def _window(part: Planned) -> tuple[int, int]:
@@ -279,7 +223,7 @@ def _fill(
     room = headroom.store_pages()
     empty: list[Planned] = []
     for item in portion:
-        if item.op not in _FILLS:
+        if item.op not in FILLS:
             continue
         target = host.targets.get(item.target)
         if target is None or item.extent is None:
@@ -343,7 +287,7 @@ def _forget(host: Host, empty: list[Planned]) -> None:
 def _column(item: Planned, digests: bytes) -> bytes:
     if item.pages == 1 and item.digest:
         return struct.pack("<Q", item.digest)
-    column = digests[item.digest_at * 8 : (item.digest_at + item.pages) * 8]
+    column = digests[item.column_at * 8 : (item.column_at + item.pages) * 8]
     return column if len(column) == item.pages * 8 else bytes(item.pages * 8)
 
 
@@ -399,11 +343,22 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return joined
 
 
+def _committer(host: Host, continued: set[int], max_pause_us: int, outcome: Outcome) -> Committer:
+    return Committer(
+        host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued
+    )
+
+
+def _widen(spans: dict[int, tuple[int, int]], number: int, mine: Sequence[Piece | Chain]) -> None:
+    low, high = spans.get(number, (1 << 64, 0))
+    spans[number] = min([low, *(item.addr for item in mine)]), max([high, *(item.end for item in mine)])
+
+
 def _commit(
-    host: Host, number: int, mine: list[Piece], continued: set[int], max_pause_us: int, outcome: Outcome
+    host: Host, number: int, mine: list[_Item], run: Callable[[Target, list[_Item]], None], outcome: Outcome
 ) -> None:
     target = host.targets.get(number)
-    pages = sum(piece.pages for piece in mine)
+    pages = sum(item.end - item.addr for item in mine) // PAGE_SIZE
     before = outcome.accounted
     if target is None:
         outcome.skip("gone", pages)
@@ -414,10 +369,7 @@ def _commit(
     if target.link.agent.muzzled():
         outcome.skip("seccomp", pages)
         return
-    committer = Committer(
-        host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued
-    )
-    reason = _reason(host, target, lambda: committer.run(target, mine))
+    reason = _reason(host, target, lambda: run(target, mine))
     if reason is not None:
         outcome.skip(reason, max(0, pages - (outcome.accounted - before)))
 

@@ -140,6 +140,21 @@ class Runs:
         if len(joined) > 1:
             self.add(joined[-1])
 
+    def add_columns(self, starts: array[int], ends: array[int], slots: array[int]) -> None:
+        """`add` each of the runs behind each other that these columns are, of which none joins the next.
+
+        Quick where nothing lies there.
+        """
+        at = bisect.bisect_left(self._starts, starts[0])
+        free = not at or self._ends[at - 1] <= starts[0]
+        if free and len(starts) > 2 and (at == len(self._starts) or self._starts[at] >= ends[-1]):
+            # The first and the last may join what is there.
+            self._starts[at:at], self._ends[at:at], self._slots[at:at] = starts[1:-1], ends[1:-1], slots[1:-1]
+            self.pages += (ends[-2] - starts[1]) // PAGE_SIZE
+            starts, ends, slots = starts[:: len(starts) - 1], ends[:: len(ends) - 1], slots[:: len(slots) - 1]
+        for run in map(Run, starts, ends, slots):
+            self.add(run)
+
     def _get(self, index: int) -> Run:
         return Run(self._starts[index], self._ends[index], self._slots[index])
 

@@ -370,7 +370,11 @@ class Server:
         return {"pages": pages, "pauses_us": pauses, "failed": failed, "lasting": lasting}, b""
 
     def _status(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
-        return {**self.guard.status(), "daemon": self.exchange.told()["daemon"]}, b""
+        budgets = message.get("budgets")
+        return {
+            **self.guard.status(budgets if isinstance(budgets, list) else None),
+            "daemon": self.exchange.told()["daemon"],
+        }, b""
 
     def _register(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply:
         pid, ranges = self._own_process(client, message)

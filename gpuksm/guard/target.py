@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from array import array
 from dataclasses import dataclass, field
 
 from gpuksm.errors import NotPermitted, TargetGone
@@ -155,6 +157,23 @@ class Target:
             slot * PAGE_SIZE,
             while_guarded=joins,
             after_success=merged,
+        )
+
+    def add_map_each(
+        self, table: Table, starts: array[int], ends: array[int], slots: array[int], prot: int
+    ) -> int:
+        """Replace runs behind each other by the store, as one group; `add_register` must follow.
+
+        The index of the first one's result.
+        """
+        return table.add_each(
+            arch.current().NR.MMAP,
+            starts,
+            array("Q", map(operator.sub, ends, starts)),
+            prot,
+            MAP_PRIVATE | MAP_FIXED,
+            self.link.agent_store,
+            array("Q", [slot * PAGE_SIZE for slot in slots]),
         )
 
     def unbar(self, start: int, end: int) -> None:

@@ -22,7 +22,8 @@ from gpuksm.linux.memory import PageBuffer, equal, first_difference
 
 CHUNK_PAGES = 128  # 512 KiB: both sides of a comparison stay in the second-level cache
 _MAX_SEGMENTS = 512
-_A, _B, _ZEROS = PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES)
+# What was read of a target, and what it is compared with.
+THEIRS, SLOTS, _ZEROS = PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES)
 
 
 class Piece(NamedTuple):
@@ -45,7 +46,7 @@ def fill(store: Store, tid: int, addr: int, pages: int, slot: int, breathe: Call
         count = min(CHUNK_PAGES, pages - done)
         got = _read(tid, [(addr + done * PAGE_SIZE, count * PAGE_SIZE)]) // PAGE_SIZE
         if got:
-            store.write(slot + done, [_A.view[: got * PAGE_SIZE]])
+            store.write(slot + done, [THEIRS.view[: got * PAGE_SIZE]])
         done += got
         if got < count:
             break
@@ -57,7 +58,7 @@ def fill_replica(store: Store, tid: int, addr: int, pages: int, slot: int) -> in
     """Write `pages` copies of the page at `addr`; 0 when it could not be read."""
     if _read(tid, [(addr, PAGE_SIZE)]) != PAGE_SIZE:
         return 0
-    page = _A.view[:PAGE_SIZE]
+    page = THEIRS.view[:PAGE_SIZE]
     for done in range(0, pages, CHUNK_PAGES):
         store.write(slot + done, [page] * min(CHUNK_PAGES, pages - done))
     return pages
@@ -79,7 +80,7 @@ def verify(
             piece.pages for pieces in window.values() for piece in pieces
         )
         if dense:
-            store.read(base, _B.view[: span * PAGE_SIZE])
+            store.read(base, SLOTS.view[: span * PAGE_SIZE])
         for number, pieces in window.items():
             found = equal_parts[number]
             if found is None:
@@ -162,13 +163,13 @@ def _compare(store: Store, tid: int, group: list[Piece], base: int | None) -> It
             if part[0].slot is None:
                 other = _ZEROS.address
             else:
-                other = _B.address + (at if base is None else part[0].slot - base) * PAGE_SIZE
-            if equal(_A.address + at * PAGE_SIZE, other, pages * PAGE_SIZE):
+                other = SLOTS.address + (at if base is None else part[0].slot - base) * PAGE_SIZE
+            if equal(THEIRS.address + at * PAGE_SIZE, other, pages * PAGE_SIZE):
                 yield from part
                 at += pages
                 continue
             for piece in part:
-                yield from _equal_parts(piece, _A.address + at * PAGE_SIZE, other)
+                yield from _equal_parts(piece, THEIRS.address + at * PAGE_SIZE, other)
                 at, other = at + piece.pages, other + piece.pages * PAGE_SIZE
         # What could not be read is dropped with its page; the rest is tried again.
         group = rest
@@ -211,7 +212,7 @@ def _readable(group: list[Piece], got: int) -> tuple[list[Piece], list[Piece]]:
 def _read(tid: int, remote: list[tuple[int, int]]) -> int:
     size = sum(length for _, length in remote)
     try:
-        return faults.read("memory-read", vm.readv(tid, [(_A.address, size)], remote))
+        return faults.read("memory-read", vm.readv(tid, [(THEIRS.address, size)], remote))
     except OSError as error:
         if error.errno == 14:  # EFAULT: not even the first page
             return 0
@@ -228,7 +229,7 @@ def _read_slots(store: Store, pieces: list[Piece]) -> None:
             while index < len(pieces) and pieces[index].slot == piece.slot + count:
                 count += pieces[index].pages
                 index += 1
-            store.read(piece.slot, _B.view[at * PAGE_SIZE : (at + count) * PAGE_SIZE])
+            store.read(piece.slot, SLOTS.view[at * PAGE_SIZE : (at + count) * PAGE_SIZE])
         at += count
 
 

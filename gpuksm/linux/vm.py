@@ -13,9 +13,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from array import array
 from collections.abc import Sequence
 
-from gpuksm.linux._libc import function
+from gpuksm.linux._libc import PAGE_SIZE, function
 from gpuksm.linux.procfs import errors_of
 
 IOV_MAX = 1024  # include/uapi/linux/uio.h UIO_MAXIOV
@@ -70,6 +71,17 @@ def readv(pid: int, local: Sequence[Segment], remote: Sequence[Segment]) -> int:
     """Read memory of process `pid`: at most 1024 (address, bytes) on each side; returns bytes read."""
     mine, theirs = _iovecs(local), _iovecs(remote)
     return readv_at(pid, ctypes.addressof(mine), len(local), ctypes.addressof(theirs), len(remote))
+
+
+def read_pages(pid: int, local: int, pages: Sequence[int]) -> int:
+    """Read the pages at addresses `pages` (at most 1024) of process `pid` to `local`, one behind the other.
+
+    Returns bytes read.
+    """
+    theirs = array("Q", (PAGE_SIZE,)) * (2 * len(pages))
+    theirs[0::2] = array("Q", pages)
+    mine = array("Q", (local, len(pages) * PAGE_SIZE))
+    return readv_at(pid, mine.buffer_info()[0], 1, theirs.buffer_info()[0], len(pages))
 
 
 def writev(pid: int, local: Sequence[Segment], remote: Sequence[Segment]) -> int:

@@ -174,7 +174,7 @@ class Engine:
 
     def budgets(self, living: list[Target]) -> I64:
         """How many mappings each target may gain, as the guard says."""
-        status, _ = self.client.request("status")
+        status, _ = self.client.request("status", budgets=[target.ident for target in living])
         left = {int(item["target"]): item["vma_budget"] or 0 for item in status["targets"]}
         return np.array([max(0, int(left.get(target.ident, 0))) for target in living], np.int64)
 
@@ -204,7 +204,7 @@ class Engine:
         of, zero = request.records["target"], request.zero
         mapped = np.bincount(of[~zero], merged[~zero], len(living))
         zeroed = np.bincount(of[zero], merged[zero], len(living))
-        runs = np.bincount(of[merged > 0], minlength=len(living))
+        runs = np.bincount(of, np.where(merged > 0, request.runs, 0), len(living))
         for index, target in enumerate(living):
             target.pages_merged += int(mapped[index])
             target.zero_pages += int(zeroed[index])

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuksm import wire
-from gpuksm.scan.columns import I64, U64, ranges_within
+from gpuksm.scan.columns import I64, PAGE_BYTES, U64, ranges_within
 from gpuksm.scan.nodes import apart, taken
 from gpuksm.scan.planner import Plan
 from gpuksm.scan.runs import Runs
@@ -32,7 +32,7 @@ PLAN_DTYPE = np.dtype(
         ("extent", "<u4"),
         ("slot", "<u8"),
         ("digest", "<u8"),
-        ("digest_at", "<u8"),
+        ("column_at", "<u8"),
     ]
 )
 EXTENT_DTYPE = np.dtype([("slots", "<u4"), ("node", "<u4"), ("reserved", "<u8")])
@@ -43,18 +43,26 @@ assert EXTENT_DTYPE.itemsize == wire.EXTENT_RECORD.size
 _PAGES_PER_SLOT = 8
 _RECORDS_PER_REQUEST = 1 << 17
 _SLOTS_PER_REQUEST = 1 << 16
+# Shorter runs behind each other go as one record, of about so many pages at most.
+_LONG_PAGES = 64
+_CHAIN_PAGES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Request:
-    """One commit: `extents` EXTENT_DTYPE, `records` PLAN_DTYPE, `digests` u8.
+    """One commit: `extents` EXTENT_DTYPE, `records` PLAN_DTYPE, `column` u8; `runs` i64: runs of each record.
 
     In the records `target` is the plan's index; `ids` turn it into the guard's.
     """
 
     extents: NDArray[np.void]
     records: NDArray[np.void]
-    digests: U64
+    column: U64
+    runs: I64
+
+    def only(self, chosen: NDArray[np.bool_]) -> Request:
+        """The same with the `chosen` records alone."""
+        return replace(self, records=self.records[chosen], runs=self.runs[chosen])
 
     @property
     def zero(self) -> NDArray[np.bool_]:
@@ -70,7 +78,7 @@ class Request:
         """The payload of `commit`; `ids` are the guard's ids of the plan's targets."""
         records = self.records.copy()
         records["target"] = ids[records["target"]]
-        return self.extents.tobytes() + records.tobytes() + self.digests.astype("<u8").tobytes()
+        return self.extents.tobytes() + records.tobytes() + self.column.astype("<u8").tobytes()
 
 
 def requests(plan: Plan) -> Iterator[Request]:
@@ -97,7 +105,8 @@ def _zero_parts(plan: Plan) -> Iterator[Request]:
     cuts = np.flatnonzero(np.diff(step, prepend=-1))
     for first, end in itertools.pairwise([*cuts.tolist(), len(step)]):
         records = _records(plan, plan.zeros.take(np.arange(first, end)), wire.OP_ZERO)
-        yield Request(np.zeros(0, EXTENT_DTYPE), records, np.empty(0, np.uint64))
+        ones = np.ones(len(records), np.int64)
+        yield Request(np.zeros(0, EXTENT_DTYPE), records, np.empty(0, np.uint64), ones)
 
 
 def _records(plan: Plan, runs: Runs, op: int) -> NDArray[np.void]:
@@ -138,7 +147,7 @@ def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
     filled = runs.take(fills)
     at = np.repeat(filled.first, filled.pages) + ranges_within(filled.pages)
     digests = _digests(plan, at)
-    records["digest_at"][fills] = np.cumsum(filled.pages) - filled.pages
+    records["column_at"][fills] = np.cumsum(filled.pages) - filled.pages
     single = runs.pages == 1
     records["digest"][single] = _digests(plan, runs.first[single])
 
@@ -152,5 +161,46 @@ def _encode(plan: Plan, first: int, end: int, index: I64) -> Request:
 
     # Fills first: what is mapped must have been filled.
     rest = records[~fills]
-    order = np.lexsort((rest["addr"], rest["target"]))
-    return Request(extents, np.concatenate((replicas, records[fills], rest[order])), digests)
+    rest = rest[np.lexsort((rest["addr"], rest["target"]))]
+    rest, slots, runs_of = _chained(rest, len(digests))
+    fixed = np.concatenate((replicas, records[fills]))
+    return Request(
+        extents,
+        np.concatenate((fixed, rest)),
+        np.concatenate((digests, slots)),
+        np.concatenate((np.ones(len(fixed), np.int64), runs_of)),
+    )
+
+
+def _chained(records: NDArray[np.void], column_at: int) -> tuple[NDArray[np.void], U64, I64]:
+    """MAP records by target and address; short ones behind each other as one MAP_EACH.
+
+    Returns the records, the slots for the column from `column_at` on, and how many runs each record has.
+    """
+    pages = records["pages"].astype(np.int64)
+    short = pages < _LONG_PAGES
+    before = np.cumsum(pages * short) - pages * short
+    ends = records["addr"] + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
+    goes_on = np.zeros(len(records), np.bool_)
+    goes_on[1:] = (
+        (short[1:] & short[:-1])
+        & (records["target"][1:] == records["target"][:-1])
+        & (records["addr"][1:] == ends[:-1])
+        & (before[1:] // _CHAIN_PAGES == before[:-1] // _CHAIN_PAGES)
+    )
+    first = np.flatnonzero(~goes_on)
+    runs = np.diff(np.append(first, len(records)))
+    chained = np.repeat(runs > 1, runs)
+
+    out = records[first]
+    chains = out[runs > 1]
+    total = np.add.reduceat(pages, first)[runs > 1] if len(first) else pages
+    chains["op"], chains["flags"], chains["pages"] = wire.OP_MAP_EACH, 0, total
+    chains["extent"], chains["slot"], chains["digest"] = 0, 0, 0
+    chains["column_at"] = column_at + np.cumsum(total) - total
+    out[runs > 1] = chains
+
+    of, counts = records[chained], pages[chained]
+    slot = of["slot"] | of["extent"].astype(np.uint64) << np.uint64(wire.EACH_EXTENT_SHIFT)
+    slot |= np.where(of["flags"] & wire.FLAG_NEW_EXTENT, np.uint64(wire.EACH_NEW_EXTENT), np.uint64(0))
+    return out, np.repeat(slot, counts) + ranges_within(counts).astype(np.uint64), runs

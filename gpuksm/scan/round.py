@@ -64,7 +64,7 @@ class _Scan:
         began, cpu_began = time.monotonic(), time.process_time()
         hello, _ = self.client.request("hello")
         guard_cpu = measure.cpu_seconds(int(hello["pid"]))
-        store_before = int(self.client.request("status")[0]["store_bytes"])
+        store_before = int(self.client.request("status", budgets=[])[0]["store_bytes"])
         before = measure.snapshot(request.pid for request in wanted)
         self._attach(wanted)
         self._first_pass(int(hello.get("seed", 0)))
@@ -74,7 +74,7 @@ class _Scan:
             elif not self._further_pass(number):
                 break
         self.progress.update("measure", 0, 0)
-        status, _ = self.client.request("status")
+        status, _ = self.client.request("status", budgets=[])
         after = measure.snapshot(before)
         cpu = time.process_time() - cpu_began + measure.cpu_seconds(int(hello["pid"])) - guard_cpu
         return self._result(status, before, after, store_before, time.monotonic() - began, cpu)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -286,7 +286,7 @@ def _inside(tracker: Tracker, area: Area) -> I64:
 
 
 def _only_fills(request: Request) -> Request:
-    return replace(request, records=request.records[request.records["op"] == wire.OP_FILL])
+    return request.only(request.records["op"] == wire.OP_FILL)
 
 
 def _as_it_is(request: Request) -> Request:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpuksm import wire
 from gpuksm.errors import UsageError
-from gpuksm.guard import plan
+from gpuksm.guard import plan, request
 from gpuksm.guard.verify import Piece
 
 EXTENT = wire.EXTENT_RECORD.pack(8, 0, 0)
@@ -25,7 +25,7 @@ def record(
 def test_a_sound_plan() -> None:
     for node in (0, 1, 1024):
         extent = wire.EXTENT_RECORD.pack(8, node, 0)
-        new, records, digests = plan._parse(1, 1, extent + record() + bytes(64))
+        new, records, digests = request.parse(1, 1, extent + record() + bytes(64))
         assert (new, len(records), len(digests)) == ([(8, node)], 1, 64)
 
 
@@ -53,13 +53,13 @@ def test_a_sound_plan() -> None:
 )
 def test_refused(extents: int, records: int, payload: bytes) -> None:
     with pytest.raises(UsageError, match="malformed plan"):
-        plan._parse(extents, records, payload)
+        request.parse(extents, records, payload)
 
 
 @given(st.binary(max_size=400), st.integers(-2, 5), st.integers(-2, 5))
 def test_garbage_is_refused_or_well_formed(payload: bytes, extents: int, records: int) -> None:
     try:
-        new, items, _ = plan._parse(extents, records, payload)
+        new, items, _ = request.parse(extents, records, payload)
     except (UsageError, struct.error):
         return
     assert len(new) == extents

@@ -13,7 +13,7 @@ from tests.support.world import World
 PAGES = 160
 SHORTEST_PAUSE_US = 100
 # Pages of the first slice of a long run, where nothing was learned of pauses yet.
-SLICE = int((commit.Pace().limit(SHORTEST_PAUSE_US) - commit._ENTRY_WEIGHT) / commit._PAGE_WEIGHT)
+SLICE = int((commit.Pace().limit(SHORTEST_PAUSE_US) - commit.ENTRY_WEIGHT) / commit.PAGE_WEIGHT)
 
 _GROWING = (
     area_script(PAGES)

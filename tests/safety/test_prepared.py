@@ -13,7 +13,8 @@ from tests.support.world import World
 
 PAGES = 24
 
-# `write PAGE KEY`, `protect PAGE COUNT PROT`, `fresh PAGE COUNT` (other zeros there), `lock PAGE COUNT`.
+# `write PAGE KEY`, `protect PAGE COUNT PROT`, `fresh PAGE COUNT` (other zeros there), `lock PAGE COUNT`,
+# `grow PAGE COUNT` (moved elsewhere, with a page behind).
 _SCRIPT = (
     area_script(PAGES)
     + """
@@ -37,6 +38,13 @@ for line in sys.stdin:
         expected[page : page + count] = [0] * count
     if word == "lock":
         assert libc.mlock(void(at + page * 4096), size(count * 4096)) == 0
+    if word == "grow":
+        moved = libc.mremap(at + page * 4096, count * 4096, (count + 1) * 4096, 1, None)
+        assert moved not in (at, (1 << 64) - 1)
+        shown = ctypes.string_at(moved + (count - 1) * 4096, 8192)
+        right = shown == content(expected[page + count - 1]) + bytes(4096)
+        print("OK" if right else "CORRUPT grown", flush=True)
+        continue
     print("CORRUPT pages %s" % wrong() if wrong() else "OK", flush=True)
 """
 )
@@ -49,20 +57,20 @@ def _commit(world: World, victims: list[Victim], meanwhile: str) -> dict[str, ob
     (one, _), (two, _) = (victim.area("area") for victim in victims)
     first, second = scanner.targets
     flag = wire.FLAG_NEW_EXTENT
-    plan = [(wire.OP_FILL, flag, 0, first, one, PAGES, 0, 0, 0, 0)]
-    plan += [
-        (wire.OP_MAP, flag, 0, second, two + page * 4096, 1, 0, PAGES - 2 - page, 0, 0)
-        for page in range(PAGES - 1)
+    plan = [
+        (wire.OP_FILL, flag, 0, first, one, PAGES, 0, 0, 0, 0),
+        (wire.OP_MAP_EACH, 0, 0, second, two, PAGES, 0, 0, 0, PAGES),
     ]
     # The last slot is where the hole begins: what maps it needs no border page.
-    plan.append((wire.OP_MAP, flag, 0, second, two + (PAGES - 1) * 4096, 1, 0, PAGES - 1, 0, 0))
+    slots = [*range(PAGES - 2, -1, -1), PAGES - 1]
+    column = [0] * PAGES + [wire.EACH_NEW_EXTENT + slot for slot in slots]
 
     def act() -> None:
         assert standstill.stands(guard), "nothing was prepared"
         victims[1].ask(meanwhile or "verify")
 
     try:
-        return standstill.while_it_stands(guard, lambda: scanner.commit([PAGES], plan), act)
+        return standstill.while_it_stands(guard, lambda: scanner.commit([PAGES], plan, column), act)
     finally:
         scanner.close()
         standstill.let_go(world.guard_processes())
@@ -99,3 +107,26 @@ def test_what_happens_after_preparing(world: World, meanwhile: str, skipped: dic
     victims[0].ask("write 3 5555")
     for victim in victims:
         victim.verify()
+
+
+def test_a_chain_that_ends_within_its_extent_gives_up_a_page(world: World) -> None:
+    """What grows out of its last run must not show the slot behind it (hazard 3)."""
+    victims = [world.python(_SCRIPT, order) for order in ("forwards", "backwards")]
+    for victim in victims:
+        victim.verify()
+    world.scan(*(world.victim("regions", 16, 4, seed, "straight", 777000) for seed in (8, 9)))
+    scanner = Scanner(world, victims)
+    (one, _), (two, _) = (victim.area("area") for victim in victims)
+    first, second = scanner.targets
+    count = PAGES - 1
+    plan = [
+        (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, first, one, PAGES, 0, 0, 0, 0),
+        (wire.OP_MAP_EACH, 0, 0, second, two, count, 0, 0, 0, PAGES),
+    ]
+    slots = range(wire.EACH_NEW_EXTENT + count - 1, wire.EACH_NEW_EXTENT - 1, -1)
+    reply = scanner.commit([PAGES], plan, [*[0] * PAGES, *slots])
+    assert reply["skipped"] == {"border-page": 1}, reply
+    assert reply["mapped_pages"] == PAGES + count - 1, reply
+    victims[1].verify()
+    victims[1].ask(f"grow {count - 1} 1")
+    scanner.close()

@@ -38,13 +38,19 @@ def scanner(world: World, victims: list[Victim]) -> Iterator[Scanner]:
     connection.close()
 
 
-Plan = Callable[[list[int], list[int]], tuple[list[int], list[tuple[int, ...]]]]
-FILL, MAP, ZERO, REPLICA, NEW = (
+# Slots of new extents, records, and where it matters the column.
+Plan = Callable[
+    [list[int], list[int]],
+    tuple[list[int], list[tuple[int, ...]]] | tuple[list[int], list[tuple[int, ...]], list[int]],
+]
+FILL, MAP, ZERO, REPLICA, EACH, NEW, IN_NEW = (
     wire.OP_FILL,
     wire.OP_MAP,
     wire.OP_ZERO,
     wire.OP_FILL_REPLICA,
+    wire.OP_MAP_EACH,
     wire.FLAG_NEW_EXTENT,
+    wire.EACH_NEW_EXTENT,
 )
 
 # name -> plan over (target ids, addresses of the shared areas)
@@ -115,6 +121,71 @@ WRONG: dict[str, Plan] = {
         [PAGES],
         [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 1 << 60)],
     ),
+    "each to unlike content": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (EACH, 0, 0, t[1], at[1], PAGES, 0, 0, 0, PAGES)],
+        [*[0] * PAGES, *(IN_NEW + (page * 5 + 1) % PAGES for page in range(PAGES))],
+    ),
+    "each to slots that nobody filled": lambda t, at: (
+        [PAGES],
+        [(EACH, 0, 0, t[0], at[0], PAGES, 0, 0, 0, 0)],
+        [IN_NEW + PAGES - 1 - page for page in range(PAGES)],
+    ),
+    "each to one slot": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (EACH, 0, 0, t[1], at[1], PAGES, 0, 0, 0, PAGES)],
+        [*[0] * PAGES, *[IN_NEW] * PAGES],
+    ),
+    "each behind the extent": lambda t, at: (
+        [8],
+        [(FILL, NEW, 0, t[0], at[0], 8, 0, 0, 0, 0), (EACH, 0, 0, t[1], at[1], 4, 0, 0, 0, 8)],
+        [*[0] * 8, *range(IN_NEW + 5, IN_NEW + 9)],
+    ),
+    "each in an extent that is none": lambda t, at: (
+        [8],
+        [(FILL, NEW, 0, t[0], at[0], 8, 0, 0, 0, 0), (EACH, 0, 0, t[1], at[1], 4, 0, 0, 0, 8)],
+        [*[0] * 8, *((IN_NEW | 1 << wire.EACH_EXTENT_SHIFT) + slot for slot in range(4))],
+    ),
+    "each far away": lambda t, at: (
+        [],
+        [(EACH, 0, 0, t[0], at[0], 4, 0, 0, 0, 0)],
+        [1 << 40, IN_NEW - 1, 7, 0],
+    ),
+    "each of slots of others": lambda t, at: (
+        [],
+        [(EACH, 0, 0, t[0], at[0], 16, 0, 0, 0, 0)],
+        list(range(16)),
+    ),
+    "each beyond the column": lambda t, at: (
+        [],
+        [(EACH, 0, 0, t[0], at[0], 16, 0, 0, 0, 1)],
+        list(range(16)),
+    ),
+    "each by one part of the column": lambda t, at: (
+        [],
+        [(EACH, 0, 0, t[0], at[0], 16, 0, 0, 0, 0), (EACH, 0, 0, t[1], at[1], 16, 0, 0, 0, 0)],
+        list(range(16)),
+    ),
+    "each beyond the address space": lambda t, at: (
+        [],
+        [(EACH, 0, 0, t[0], (1 << 64) - 4096, 16, 0, 0, 0, 0)],
+        list(range(16)),
+    ),
+    "each over memory that is not there": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (EACH, 0, 0, t[1], 4096, 16, 0, 0, 0, PAGES)],
+        [*[0] * PAGES, *range(IN_NEW, IN_NEW + 16)],
+    ),
+    "each of a target that is none": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (EACH, 0, 0, 12345, at[1], 16, 0, 0, 0, PAGES)],
+        [*[0] * PAGES, *range(IN_NEW, IN_NEW + 16)],
+    ),
+    "the same pages twice, once each": lambda t, at: (
+        [PAGES],
+        [(FILL, NEW, 0, t[0], at[0], PAGES, 0, 0, 0, 0), (EACH, 0, 0, t[0], at[0], 16, 0, 0, 0, PAGES)],
+        [*[0] * PAGES, *range(IN_NEW, IN_NEW + 16)],
+    ),
 }
 
 
@@ -122,8 +193,8 @@ WRONG: dict[str, Plan] = {
 def test_wrong_plan(world: World, victims: list[Victim], scanner: Scanner, name: str) -> None:
     guard = world.guard_pid()
     addresses = [victim.area("shared")[0] for victim in victims]
-    extents, plan = WRONG[name](scanner.targets, addresses)
-    reply = scanner.commit(extents, plan)
+    extents, plan, *column = WRONG[name](scanner.targets, addresses)
+    reply = scanner.commit(extents, plan, *column)
     assert reply.get("ok") or reply["error"], reply
     for victim in (*victims, *world.victims[:2]):
         victim.verify()
@@ -204,7 +275,7 @@ def test_a_numa_node_that_no_kernel_has_is_malformed(
     at = victims[0].area("shared")[0]
     record = (FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)
     before = numa.extents(world)
-    reply = scanner.commit([PAGES], [record], digests=PAGES, node=node)
+    reply = scanner.commit([PAGES], [record], column=[0] * PAGES, node=node)
     assert reply["error"] == "UsageError"
     assert "malformed plan" in reply["message"]
     assert numa.extents(world) == before
@@ -218,10 +289,10 @@ def test_memory_is_not_filled_from_a_numa_node_that_is_not_there(
         pytest.skip("no NUMA nodes")
     at = victims[0].area("shared")[0]
     record = (FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)
-    reply = scanner.commit([PAGES], [record], digests=PAGES, node=max(numa.nodes()) + 2)
+    reply = scanner.commit([PAGES], [record], column=[0] * PAGES, node=max(numa.nodes()) + 2)
     assert reply["skipped"] == {"numa-node": PAGES}
     assert victims[0].merged_pages("shared") == 0
-    reply = scanner.commit([PAGES], [record], digests=PAGES, node=min(numa.nodes()) + 1)
+    reply = scanner.commit([PAGES], [record], column=[0] * PAGES, node=min(numa.nodes()) + 1)
     assert reply["mapped_pages"] >= PAGES - 1, reply
     assert numa.store_policies(victims[0].pid) == {f"prefer:{min(numa.nodes())}"}
     for victim in victims:

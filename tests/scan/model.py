@@ -116,9 +116,13 @@ class ModelGuard:
         mapping = False
         self.loose = []
         for record in records:
-            mapping |= record["op"] in (wire.OP_MAP, wire.OP_ZERO)
+            mapping |= record["op"] in (wire.OP_MAP, wire.OP_ZERO, wire.OP_MAP_EACH)
             assert not (mapping and record["op"] in (wire.OP_FILL, wire.OP_FILL_REPLICA))
-            self._apply(record, new, digests)
+            if record["op"] == wire.OP_MAP_EACH:
+                for single in self._singles(record, digests):
+                    self._apply(single, new, digests)
+            else:
+                self._apply(record, new, digests)
         for target, place, content in self.loose:
             # It could grow into the slots behind: the guard gives the last page up.
             if place + PAGE not in self.merged[target] or place + PAGE in self.region_starts[target]:
@@ -130,11 +134,30 @@ class ModelGuard:
     @staticmethod
     def _plausible(rest, count):
         records = np.frombuffer(rest[: count * PLAN_DTYPE.itemsize], PLAN_DTYPE)
-        fills = int(records["pages"][records["op"] == wire.OP_FILL].sum())
+        in_column = int(records["pages"][np.isin(records["op"], (wire.OP_FILL, wire.OP_MAP_EACH))].sum())
         left = len(rest) - count * PLAN_DTYPE.itemsize
         return (
-            left == 8 * fills and np.isin(records["op"], (1, 2, 3, 4)).all() and (records["pages"] > 0).all()
+            left == 8 * in_column
+            and np.isin(records["op"], (1, 2, 3, 4, 5)).all()
+            and (records["pages"] > 0).all()
         )
+
+    @staticmethod
+    def _singles(record, column):
+        """A MAP record for each page of a MAP_EACH."""
+        assert record["flags"] == record["extent"] == record["slot"] == 0
+        for index in range(int(record["pages"])):
+            single = record.copy()
+            slot = int(column[int(record["column_at"]) + index])
+            single["op"], single["pages"] = wire.OP_MAP, 1
+            single["addr"] += index * PAGE
+            if slot & wire.EACH_NEW_EXTENT:
+                slot -= wire.EACH_NEW_EXTENT
+                single["flags"] = wire.FLAG_NEW_EXTENT
+                single["extent"] = slot >> wire.EACH_EXTENT_SHIFT
+                slot %= 1 << wire.EACH_EXTENT_SHIFT
+            single["slot"] = slot
+            yield single
 
     def _apply(self, record, new, digests):
         op, target, address, pages = (int(record[name]) for name in ("op", "target", "addr", "pages"))
@@ -161,7 +184,7 @@ class ModelGuard:
             return
         contents = [memory[place] for place in places]
         if op == wire.OP_FILL:
-            assert [digest_of(c) for c in contents] == digests[int(record["digest_at"]) :][:pages].tolist()
+            assert [digest_of(c) for c in contents] == digests[int(record["column_at"]) :][:pages].tolist()
             assert not any(slot + i in self.store for i in range(pages)), "a slot filled twice"
             self.store.update((slot + i, content) for i, content in enumerate(contents))
         assert [self.store[slot + i] for i in range(pages)] == contents, "not equal"

@@ -46,7 +46,15 @@ FRAMES = st.tuples(
 # What a field of a plan record may become: the edges of each width, and small numbers.
 NUMBERS = st.sampled_from([0, 1, 2, 7, 8, 31, 32, 33, 4095, 4096, 1 << 20, 1 << 31, (1 << 32) - 1])
 WIDTHS = (8, 8, 16, 32, 64, 32, 32, 64, 64, 64)
-MUTATIONS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), NUMBERS, st.booleans()), max_size=5)
+MUTATIONS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), NUMBERS, st.booleans()), max_size=5)
+# What an element of the column may become.
+SLOTS = st.one_of(
+    NUMBERS,
+    st.builds(
+        lambda number, extent: wire.EACH_NEW_EXTENT | extent << 32 | number % (1 << 32), NUMBERS, NUMBERS
+    ),
+)
+IN_COLUMN = st.lists(st.tuples(st.integers(0, PAGES // 2 - 1), SLOTS), max_size=5)
 
 
 @pytest.fixture
@@ -111,17 +119,22 @@ def test_mutated_plans(world: World, victims: list[Victim], scanner: Scanner) ->
         (wire.OP_FILL, new, 0, t[0], first, half, 0, 0, 0, 0),
         (wire.OP_MAP, new, 0, t[1], second, half, 0, 0, 0, 0),
         (wire.OP_FILL, new, 0, t[0], first + half * 4096, half, 1, 0, 0, 0),
-        (wire.OP_MAP, new, 0, t[1], second + half * 4096, half, 1, 0, 0, 0),
+        (wire.OP_MAP, new, 0, t[1], second + half * 4096, half // 2, 1, 0, 0, 0),
+        (wire.OP_MAP_EACH, 0, 0, t[1], second + (half + half // 2) * 4096, half // 2, 0, 0, 0, half // 2),
     ]
+    column = [wire.EACH_NEW_EXTENT | 1 << wire.EACH_EXTENT_SHIFT | slot for slot in range(half)]
 
     @_FUZZ
-    @given(MUTATIONS)
-    def run(mutations: list[tuple[int, int, int, bool]]) -> None:
+    @given(MUTATIONS, IN_COLUMN)
+    def run(mutations: list[tuple[int, int, int, bool]], in_column: list[tuple[int, int]]) -> None:
         mutated = [list(record) for record in plan]
         for record, field, number, added in mutations:
             value = mutated[record][field] + number if added else number
             mutated[record][field] = value % (1 << WIDTHS[field])
-        reply = scanner.commit([half, half], [tuple(record) for record in mutated])
+        slots = column.copy()
+        for index, number in in_column:
+            slots[index] = number % (1 << 64)
+        reply = scanner.commit([half, half], [tuple(record) for record in mutated], slots)
         assert reply.get("ok") or reply["error"] == "UsageError", reply
         for victim in victims:
             victim.verify()

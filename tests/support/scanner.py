@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from gpuksm import wire
@@ -36,16 +38,18 @@ class Scanner:
         self,
         extents: list[int],
         plan: list[tuple[int, ...]],
-        digests: int = 0,
+        column: Sequence[int] = (),
         node: int = 0,
         max_pause_us: int = 5000,
     ) -> dict[str, Any]:
-        """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, digest_at).
+        """Commit plan records (op, flags, reserved, target, addr, pages, extent, slot, digest, column_at).
 
         `node`: the NUMA node + 1 of all extents.
         """
         payload = b"".join(wire.EXTENT_RECORD.pack(slots, node, 0) for slots in extents)
-        payload += b"".join(wire.PLAN_RECORD.pack(*record) for record in plan) + bytes(8 * digests)
+        payload += b"".join(wire.PLAN_RECORD.pack(*record) for record in plan) + struct.pack(
+            f"<{len(column)}Q", *column
+        )
         return self.ask("commit", payload, extents=len(extents), records=len(plan), max_pause_us=max_pause_us)
 
     def close(self) -> None:
