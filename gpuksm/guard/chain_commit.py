@@ -9,13 +9,14 @@ nothing was locked, and who needs a border page.  Where anything is another way,
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gpuksm.guard import faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.chains import Chain, Columns
-from gpuksm.guard.commit import ENTRY_WEIGHT, MAX_SLICE_RUNS, PAGE_WEIGHT, Committer, intersect, vma_budget
+from gpuksm.guard.commit import ENTRY_WEIGHT, MAX_SLICE_RUNS, PAGE_WEIGHT, Committer, intersect
 from gpuksm.guard.journal import BORDER
 from gpuksm.guard.target import Target, protection
 from gpuksm.guard.verify import Piece
@@ -62,31 +63,31 @@ class _Prepared:
     borders: list[bool] = field(default_factory=list)
 
 
+def steps(by_piece: Committer, target: Target, chains: list[Chain]) -> Iterator[float]:
+    """What `Committer.steps` is for pieces, for `chains` (compared, any order)."""
+    return _ChainCommitter(by_piece).steps(target, chains)
+
+
 @dataclass
-class ChainCommitter:
+class _ChainCommitter:
     """Commits the chains of one target, by the means of a committer for pieces."""
 
     by_piece: Committer
 
-    def run(self, target: Target, chains: list[Chain]) -> None:
-        """Commit `chains` (compared, any order) of `target` in slices; fills the committer's outcome."""
-        chains = sorted(chains, key=lambda chain: chain.addr)
-        room = vma_budget(target.pid)
-        todo = _Todo(chains)
+    def steps(self, target: Target, chains: list[Chain]) -> Iterator[float]:
+        todo = _Todo(sorted(chains, key=lambda chain: chain.addr))
         while todo:
             parts, vma = self._slice(target, todo)
-            need = sum(len(part.runs) + _NEW_MAPPINGS for part in parts)
+            need = _mappings(parts)
+            room = self.by_piece.budget.room(need)
             if need > room:
-                room = vma_budget(target.pid)
                 parts, left_out = _within(parts, room)
-                need = sum(len(part.runs) + _NEW_MAPPINGS for part in parts)
                 self.by_piece.outcome.skip("vma-budget", left_out)
-            room -= need
+            self.by_piece.budget.spend(_mappings(parts))
             if parts:
-                self._commit(target, parts, vma)
-            elif room <= _NEW_MAPPINGS:
+                yield from self._commit(target, parts, vma)
+            else:
                 self.by_piece.outcome.skip("vma-budget", todo.drop())
-            self.by_piece.breathe()
 
     def _slice(self, target: Target, todo: _Todo) -> tuple[list[_Part], mappings.VmaQuery | None]:
         """As many runs as one pause allows, of one mapping if it is a plain one, which is told then."""
@@ -108,12 +109,11 @@ class ChainCommitter:
             left -= _weight(part.runs)
         return parts, vma if plain else None
 
-    def _commit(self, target: Target, parts: list[_Part], vma: mappings.VmaQuery | None) -> None:
+    def _commit(self, target: Target, parts: list[_Part], vma: mappings.VmaQuery | None) -> Iterator[float]:
         prepared = self._prepared(target, parts, vma) if vma is not None else None
         if prepared is None:
-            # At most what fits into one pause for all that it takes longer: it is looked at piece by piece.
             for part in parts:
-                self.by_piece.commit_slice(target, part.pieces(), part.behind)
+                yield self.by_piece.commit_slice(target, part.pieces(), part.behind)
             return
         with self.by_piece.paused(target, sum(_weight(part.runs) for part in parts)):
             if self._holds(target, parts, prepared):
@@ -125,6 +125,7 @@ class ChainCommitter:
                 faults.point("commit-validated")
                 self.by_piece.map(target, valid, parts[-1].behind)
             faults.point("commit-mapped")
+        yield self.by_piece.outcome.pauses_us[-1] / 1e6
 
     def _prepared(self, target: Target, parts: list[_Part], vma: mappings.VmaQuery) -> _Prepared | None:
         """What maps `parts` if all prove valid; None where it takes more."""
@@ -251,6 +252,10 @@ class _Todo:
             self._runs = self._runs.part(0, 0)
         else:
             self._record, self._runs = chain.record, chain.runs()
+
+
+def _mappings(parts: list[_Part]) -> int:
+    return sum(len(part.runs) + _NEW_MAPPINGS for part in parts)
 
 
 def _weight(runs: Columns) -> float:

@@ -24,14 +24,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpuksm.guard import faults
 from gpuksm.guard.agent import Table
 from gpuksm.guard.batch import Batch
 from gpuksm.guard.journal import BORDER, Journal
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fill_hole, restore_piece
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
@@ -43,29 +43,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
 _NOT = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_FILE | pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
 MAX_SLICE_RUNS = 900
-ENTRY_WEIGHT, PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; `Pace` corrects them
-
-
-class Pace:
-    """How much fits into one pause, by what the last pauses took.
-
-    The median of them counts: one that was long because a processor was taken away says nothing
-    about the next, and slices that are too small cost more than they spare.
-    """
-
-    def __init__(self) -> None:
-        self._ratios: deque[float] = deque([1.0], maxlen=15)  # microseconds measured to guessed
-
-    def limit(self, max_pause_us: int) -> float:
-        """Guessed microseconds that a slice may take."""
-        median = sorted(self._ratios)[len(self._ratios) // 2]
-        ratio = min(5.0, max(0.2, median))
-        return max(50.0, 0.6 * max_pause_us / ratio)
-
-    def learn(self, weight: float, pause_us: float) -> None:
-        """Note what a slice of `weight` guessed microseconds took."""
-        if weight > 200:
-            self._ratios.append(pause_us / weight)
+ENTRY_WEIGHT, PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; pace.py corrects them
 
 
 @dataclass
@@ -85,6 +63,18 @@ class Outcome:
         """Pages of which it is known what became of them."""
         return self.mapped_pages + self.zero_pages + sum(self.skipped.values())
 
+    def add(self, other: Outcome) -> None:
+        """Have what `other` did in here as well."""
+        for record, pages in other.merged.items():
+            self.merged[record] = self.merged.get(record, 0) + pages
+        self.mapped_pages += other.mapped_pages
+        self.remerged_pages += other.remerged_pages
+        self.zero_pages += other.zero_pages
+        self.runs += other.runs
+        for reason, pages in other.skipped.items():
+            self.skip(reason, pages)
+        self.pauses_us += other.pauses_us
+
     def skip(self, reason: str, pages: int) -> None:
         if pages:
             self.skipped[reason] = self.skipped.get(reason, 0) + pages
@@ -103,6 +93,23 @@ class Outcome:
         self.runs += runs
 
 
+class Budget:
+    """How many more VMAs a target may get; counted anew when what is known of it does not suffice."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._left = 0
+
+    def room(self, need: int) -> int:
+        """What is left, as far as it matters to who would like `need` of it."""
+        if need > self._left:
+            self._left = vma_budget(self._pid)
+        return self._left
+
+    def spend(self, count: int) -> None:
+        self._left -= count
+
+
 @dataclass
 class Committer:
     """Commits the pieces of one target."""
@@ -111,21 +118,22 @@ class Committer:
     journal: Journal
     frozen: FrozenContext
     pace: Pace
+    budget: Budget
     max_pause_us: int
-    breathe: Callable[[], None]
     outcome: Outcome
     continued: set[int]  # ends of pieces whose run goes on in a later portion of the plan
 
-    def run(self, target: Target, pieces: list[Piece]) -> None:
-        """Commit `pieces` (verified, any order) of `target` in slices; fills `outcome`."""
+    def steps(self, target: Target, pieces: list[Piece]) -> Iterator[float]:
+        """Commit `pieces` (verified, any order) of `target`, a slice each step; fills `outcome`.
+
+        Yields how many seconds the target stood.
+        """
         pieces = sorted(pieces, key=lambda piece: piece.addr)
-        room = vma_budget(target.pid)
         while pieces:
             chosen, pieces = self._slice(pieces)
-            fitting, room = self._within_budget(target, chosen, room)
+            fitting = self._within_budget(chosen)
             if fitting:
-                self.commit_slice(target, fitting, pieces[0] if pieces else None)
-            self.breathe()
+                yield self.commit_slice(target, fitting, pieces[0] if pieces else None)
 
     def _slice(self, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
         """As many pieces as one pause allows, the last cut where needed; and the rest."""
@@ -149,23 +157,24 @@ class Committer:
                 return pieces[: index + 1], pieces[index + 1 :]
         return pieces, []
 
-    def _within_budget(self, target: Target, pieces: list[Piece], room: int) -> tuple[list[Piece], int]:
+    def _within_budget(self, pieces: list[Piece]) -> list[Piece]:
         mapped = [piece for piece in pieces if piece.slot is not None]
         # What is behind it, and perhaps a border page, are paid for once for pieces side by side.
         ends = sum(piece.end != after.addr for piece, after in itertools.pairwise(mapped)) + bool(mapped)
         need = len(mapped) + 2 * ends
-        if need > room:
-            room = vma_budget(target.pid)
+        room = self.budget.room(need)
         if need <= room:
-            return pieces, room - need
+            self.budget.spend(need)
+            return pieces
         # Longest first; what is left over is said.
         mapped.sort(key=lambda piece: -piece.pages)
         keep = set(mapped[: max(0, room) // 3])
         self.outcome.skip("vma-budget", sum(p.pages for p in mapped if p not in keep))
-        return [p for p in pieces if p.slot is None or p in keep], room - 3 * len(keep)
+        self.budget.spend(3 * len(keep))
+        return [p for p in pieces if p.slot is None or p in keep]
 
-    def commit_slice(self, target: Target, pieces: list[Piece], following: Piece | None) -> None:
-        """Commit `pieces`, ascending, in one freeze; `following` will be mapped next."""
+    def commit_slice(self, target: Target, pieces: list[Piece], following: Piece | None) -> float:
+        """Commit `pieces`, ascending, in one freeze; `following` will be mapped next.  Seconds it took."""
         with self.paused(
             target, ENTRY_WEIGHT * len(pieces) + PAGE_WEIGHT * sum(piece.pages for piece in pieces)
         ):
@@ -173,15 +182,19 @@ class Committer:
             faults.point("commit-validated")
             self.map(target, valid, following)
             faults.point("commit-mapped")
+        return self.outcome.pauses_us[-1] / 1e6
 
     @contextlib.contextmanager
     def paused(self, target: Target, weight: float) -> Iterator[None]:
         """A freeze of `target` for work of `weight` guessed microseconds, whose pause is noted."""
         started = time.monotonic_ns()
         with self.frozen(target):
+            stopped = time.monotonic_ns()
             yield
+            worked = time.monotonic_ns()
         pause_us = (time.monotonic_ns() - started) // 1000
-        self.pace.learn(weight, pause_us)
+        self.pace.learn_work(weight, (worked - stopped) / 1000)
+        self.pace.learn_stop(pause_us - (worked - stopped) / 1000)
         self.outcome.pauses_us.append(pause_us)
         target.pauses_us.append(pause_us)
         faults.point("commit-thawed")

@@ -31,10 +31,11 @@ from gpuksm.guard import (
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
 from gpuksm.guard.attic import Attic
-from gpuksm.guard.commit import Pace, vma_budget
+from gpuksm.guard.commit import vma_budget
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
 from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.leftovers import unmap_leftovers
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.registry import Registry
 from gpuksm.guard.sandbox import MUZZLED
 from gpuksm.guard.store import NOBODY, Store

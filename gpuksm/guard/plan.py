@@ -9,30 +9,33 @@ checked (request.py), and every page is compared before it is mapped.
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, TypeVar
 
 from gpuksm import eligibility, wire
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.guard import chains, faults, headroom, journal, request, verify
+from gpuksm.guard import chain_commit, chains, faults, headroom, journal, request, verify
 from gpuksm.guard.agent import AgentStuck
-from gpuksm.guard.chain_commit import ChainCommitter
 from gpuksm.guard.chains import Chain
-from gpuksm.guard.commit import Committer, Outcome, Pace
+from gpuksm.guard.commit import Budget, Committer, Outcome
 from gpuksm.guard.freeze import FreezeFailed
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.request import FILLS, Planned
 from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loose
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
+from gpuksm.guard.turns import take_turns
 from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
 
 _WINDOW_PAGES = 1 << 14
-_CHAIN_PAGES = 1 << 15
+_CHAIN_PAGES = 1 << 13
 
-_Item = TypeVar("_Item", Piece, Chain)
+_Item = TypeVar("_Item", bound=Piece | Chain)
+_Steps: TypeAlias = Callable[[Committer, Target, list[_Item]], Iterator[float]]
 
 
 class Host(Protocol):
@@ -65,29 +68,18 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     starts, unplaced = _allocate(host, new, plan)
     planned, wanted = request.resolve(plan, starts, column)
     _remember(host, planned, column)
-    outcome = Outcome()
-    spans: dict[int, tuple[int, int]] = {}  # of each target: where something of it may have changed
     cut = _cut_to_windows(planned)
-    continued: dict[int, set[int]] = {}  # of each target: where pieces end that go on in a later portion
-    for part in cut:
-        if part.continued:
-            continued.setdefault(part.target, set()).add(part.end)
-    for number, chain in wanted:
-        continued.setdefault(number, set()).add(chain.addr)
+    commits = _Commits(host, max_pause_us, _going_on(cut, wanted))
+    outcome = commits.outcome
     for portion in _portions(cut):
         pieces: dict[int, list[Piece]] = {}
         _fill(host, portion, pieces, unplaced, outcome)
         _verify(host, portion, pieces, outcome)
-        for number, mine in pieces.items():
-            _widen(spans, number, mine)
-            committer = _committer(host, continued.get(number, set()), max_pause_us, outcome)
-            _commit(host, number, mine, committer.run, outcome)
-    for number, some in _chain_portions(wanted):
-        equal = _equal_chains(host, number, some, outcome)
-        if equal:
-            _widen(spans, number, equal)
-            chainwise = ChainCommitter(_committer(host, set(), max_pause_us, outcome))
-            _commit(host, number, equal, chainwise.run, outcome)
+        commits.of(pieces, Committer.steps)
+    for some in _chain_portions(wanted):
+        equal = {number: _equal_chains(host, number, some[number], outcome) for number in some}
+        commits.of(equal, chain_commit.steps)
+    spans = commits.spans
     _settle(host, spans)
     host.pauses_us.extend(outcome.pauses_us)
     del host.pauses_us[:-100_000]
@@ -176,19 +168,33 @@ def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
             portion, filled = [], 0
 
 
-def _chain_portions(wanted: list[tuple[int, Chain]]) -> Iterator[tuple[int, list[Chain]]]:
-    """The chains of each target by address, some at a time: what is compared is soon mapped."""
-    portion: list[Chain] = []
-    pages, of = 0, 0
-    for number, chain in sorted(wanted, key=lambda item: (item[0], item[1].addr)):
-        if portion and (number != of or pages + len(chain.slots) > _CHAIN_PAGES):
-            yield of, portion
-            portion, pages = [], 0
-        of = number
-        portion.append(chain)
-        pages += len(chain.slots)
-    if portion:
-        yield of, portion
+def _going_on(cut: list[Planned], wanted: list[tuple[int, Chain]]) -> dict[int, set[int]]:
+    """For each target where pieces end behind which a later portion will map more."""
+    ends: dict[int, set[int]] = {}
+    for part in cut:
+        if part.continued:
+            ends.setdefault(part.target, set()).add(part.end)
+    for number, chain in wanted:
+        ends.setdefault(number, set()).add(chain.addr)
+    return ends
+
+
+def _chain_portions(wanted: list[tuple[int, Chain]]) -> Iterator[dict[int, list[Chain]]]:
+    """The chains of all targets by address, some of each at a time: what is compared is soon mapped."""
+    left: dict[int, list[Chain]] = {}
+    for number, chain in sorted(wanted, key=lambda item: (item[0], -item[1].addr)):
+        left.setdefault(number, []).append(chain)
+    while left:
+        portion: dict[int, list[Chain]] = {}
+        for number, mine in list(left.items()):
+            pages = 0
+            while mine and pages < _CHAIN_PAGES:
+                chain = mine.pop()
+                pages += len(chain.slots)
+                portion.setdefault(number, []).append(chain)
+            if not mine:
+                del left[number]
+        yield portion
 
 
 def _equal_chains(host: Host, number: int, wanted: list[Chain], outcome: Outcome) -> list[Chain]:
@@ -343,35 +349,64 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return joined
 
 
-def _committer(host: Host, continued: set[int], max_pause_us: int, outcome: Outcome) -> Committer:
-    return Committer(
-        host.store, host.journal, host.frozen, host.pace, max_pause_us, host.breathe, outcome, continued
-    )
+@dataclass
+class _Commits:
+    """What is committed of a plan: pieces or chains of some targets at a time, which take turns.
+
+    `going_on`: see `_going_on`.  `spans`: of each target, where something of it may have changed.
+    """
+
+    host: Host
+    max_pause_us: int
+    going_on: dict[int, set[int]]
+    outcome: Outcome = field(default_factory=Outcome)
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    budgets: dict[int, Budget] = field(default_factory=dict)
+
+    def of(self, compared: dict[int, list[_Item]], steps: _Steps[_Item]) -> None:
+        """Commit what was `compared` of each target, by `steps` of its committer."""
+        work: dict[int, Iterator[float]] = {}
+        for number, mine in compared.items():
+            low, high = self.spans.get(number, (1 << 64, 0))
+            self.spans[number] = (
+                min([low, *(item.addr for item in mine)]),
+                max([high, *(item.end for item in mine)]),
+            )
+            work[number] = self._steps(number, mine, steps)
+        take_turns(work, self.host.breathe)
+
+    def _steps(self, number: int, mine: list[_Item], steps: _Steps[_Item]) -> Iterator[float]:
+        host, outcome = self.host, Outcome()
+        pages = sum(item.end - item.addr for item in mine) // PAGE_SIZE
+        target = host.targets.get(number)
+        reason = "gone" if target is None else _hindrance(target)
+        if target is not None and reason is None:
+            committer = Committer(
+                host.store,
+                host.journal,
+                host.frozen,
+                host.pace,
+                self.budgets.setdefault(number, Budget(target.pid)),
+                self.max_pause_us,
+                outcome,
+                self.going_on.get(number, set()),
+            )
+            taken, stood = steps(committer, target, mine), list[float]()
+            while reason is None:
+                reason = _reason(host, target, lambda: stood.extend(itertools.islice(taken, 1)))
+                if not stood:
+                    break
+                yield stood.pop()
+        if reason is not None:
+            outcome.skip(reason, max(0, pages - outcome.accounted))
+        self.outcome.add(outcome)
 
 
-def _widen(spans: dict[int, tuple[int, int]], number: int, mine: Sequence[Piece | Chain]) -> None:
-    low, high = spans.get(number, (1 << 64, 0))
-    spans[number] = min([low, *(item.addr for item in mine)]), max([high, *(item.end for item in mine)])
-
-
-def _commit(
-    host: Host, number: int, mine: list[_Item], run: Callable[[Target, list[_Item]], None], outcome: Outcome
-) -> None:
-    target = host.targets.get(number)
-    pages = sum(item.end - item.addr for item in mine) // PAGE_SIZE
-    before = outcome.accounted
-    if target is None:
-        outcome.skip("gone", pages)
-        return
+def _hindrance(target: Target) -> str | None:
+    """Why nothing of `target` can be committed now, whatever it is."""
     if _may_be_pinned(target):
-        outcome.skip("direct-io", pages)
-        return
-    if target.link.agent.muzzled():
-        outcome.skip("seccomp", pages)
-        return
-    reason = _reason(host, target, lambda: run(target, mine))
-    if reason is not None:
-        outcome.skip(reason, max(0, pages - (outcome.accounted - before)))
+        return "direct-io"
+    return "seccomp" if target.link.agent.muzzled() else None
 
 
 def _may_be_pinned(target: Target) -> bool:

@@ -27,6 +27,7 @@ from gpuksm.guard import arch, faults, places
 from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import BORDER, COPY, Journal
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import (
@@ -40,18 +41,17 @@ from gpuksm.guard.target import (
     Target,
     protection,
 )
+from gpuksm.guard.turns import rest
 from gpuksm.linux import mappings, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
 
 _CHUNK_PAGES = 512
 _LEAST_PAGES = 16  # fewer are left to the next pause, and so many are not what makes one long
-_PAGE_NS = 4000.0  # what restoring a page takes, a first guess
+_PAGE_US = 10.0  # what restoring a page takes, a first guess
 _BUFFER = PageBuffer(_CHUNK_PAGES)
 _MREMAP_MAYMOVE_FIXED = 3
 _PLACES = 8  # that are tried
-_NAP_SECONDS = 0.0005
-
 
 FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.frozen
 
@@ -209,44 +209,39 @@ def restore_all(
     pages, pauses = 0, []
     largest = _CHUNK_PAGES
     # Half of the time is room for a page that takes longer than those before it.
-    budget_ns, page_ns = max_pause_us * 500, _PAGE_NS
+    pace = Pace(aim=0.5, least_weight=_LEAST_PAGES * _PAGE_US / 2)
     while target.runs.pages:
         started = time.monotonic_ns()
         done = 0
         with frozen(target):
+            stopped = time.monotonic_ns()
+            end = stopped + pace.work_us(max_pause_us) * 1000
             while target.runs.pages:
-                left_ns = budget_ns - (time.monotonic_ns() - started)
-                start, end = target.runs.first_stretch(largest)
-                most = (end - start) // PAGE_SIZE
-                fitting, least = int(max(0, left_ns) / page_ns), min(most, _LEAST_PAGES)
+                low, high = target.runs.first_stretch(largest)
+                most = (high - low) // PAGE_SIZE
+                left_us = max(0.0, (end - time.monotonic_ns()) / 1000)
+                fitting, least = int(left_us / pace.ratio() / _PAGE_US), min(most, _LEAST_PAGES)
                 if done and fitting < least:
                     break
                 length = min(most, max(least, fitting))
                 began = time.monotonic_ns()
                 try:
-                    restore_piece(target, journal, start, start + length * PAGE_SIZE)
+                    restore_piece(target, journal, low, low + length * PAGE_SIZE)
                 except RestoreFailed:
                     if length == 1:
                         raise
                     largest = length // 2  # RLIMIT_AS: the copy is address space, too, for a moment
                     continue
-                page_ns = (page_ns + (time.monotonic_ns() - began) / length) / 2
+                pace.learn_work(length * _PAGE_US, (time.monotonic_ns() - began) / 1000)
                 done += length
             if not target.runs.pages and target.placeholders:
                 remove_placeholders(target)
+            worked = time.monotonic_ns()
         pages += done
         pauses.append((time.monotonic_ns() - started) // 1000)
-        _let_run(pauses[-1] / 1e6 if target.runs.pages else 0.0, breathe)
+        pace.learn_stop(pauses[-1] - (worked - stopped) / 1000)
+        rest(pauses[-1] / 1e6 if target.runs.pages else 0.0, breathe)
     return pages, pauses
-
-
-def _let_run(seconds: float, breathe: Callable[[], None]) -> None:
-    """Leave a target alone for as long as it stood, or pauses would follow each other; others are served."""
-    end = time.monotonic() + seconds
-    breathe()
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, _NAP_SECONDS))
-        breathe()
 
 
 def is_loose(target: Target, store: Store, end: int) -> bool:

@@ -45,7 +45,7 @@ _RECORDS_PER_REQUEST = 1 << 17
 _SLOTS_PER_REQUEST = 1 << 16
 # Shorter runs behind each other go as one record, of about so many pages at most.
 _LONG_PAGES = 64
-_CHAIN_PAGES = 1 << 14
+_CHAIN_PAGES = 1 << 13
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,12 @@ REMOVALS = (
         "tests/hashing/test_hung.py",
     ),
     Removal(
+        "leaving a process alone between pauses",
+        "gpuksm/guard/turns.py",
+        (("        rest(rested[number] - time.monotonic(), breathe)\n", ""),),
+        "tests/guard/test_turns.py",
+    ),
+    Removal(
         "another look at what was prepared",
         "gpuksm/guard/chain_commit.py",
         (

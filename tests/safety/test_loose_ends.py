@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpuksm import wire
-from gpuksm.guard import commit
+from gpuksm.guard import commit, pace
 from gpuksm.linux._libc import PAGE_SIZE
 from tests.support import processes
 from tests.support.scanner import Scanner
@@ -13,7 +13,7 @@ from tests.support.world import World
 PAGES = 160
 SHORTEST_PAUSE_US = 100
 # Pages of the first slice of a long run, where nothing was learned of pauses yet.
-SLICE = int((commit.Pace().limit(SHORTEST_PAUSE_US) - commit.ENTRY_WEIGHT) / commit.PAGE_WEIGHT)
+SLICE = int((pace.Pace().limit(SHORTEST_PAUSE_US) - commit.ENTRY_WEIGHT) / commit.PAGE_WEIGHT)
 
 _GROWING = (
     area_script(PAGES)
