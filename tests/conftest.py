@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuksm.hashing import kernel_cache
 from tests import requirements_env
 from tests.support import victims
 from tests.support.world import User, World
@@ -37,7 +38,14 @@ exec "$@"
 
 
 @pytest.fixture(scope="session")
-def victims_folder() -> Iterator[Path]:
+def kernels() -> Path | None:
+    """Where compiled kernels are kept, and are now: to compile them takes minutes beside busy victims."""
+    subprocess.run([sys.executable, "-c", "from gpuksm import scan; scan.load()"], check=True, timeout=300)
+    return kernel_cache.folder()
+
+
+@pytest.fixture(scope="session")
+def victims_folder(kernels: Path | None) -> Iterator[Path]:
     """A folder with every victim compiled, readable by all users."""
     requirements_env.need("gcc")
     folder = Path(tempfile.mkdtemp(prefix="gpuksm-victims-"))
@@ -59,12 +67,16 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def nobody() -> Iterator[User]:
+def nobody(kernels: Path | None) -> Iterator[User]:
     """An unprivileged user that can run this interpreter."""
     requirements_env.need("root", "setpriv", "unshare")
     home = Path(tempfile.mkdtemp(prefix="gpuksm-home-"))
     os.chown(home, NOBODY, NOBODY)
     change = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    if kernels is not None:
+        shutil.copytree(kernels, home / "numba")
+        for path in (home / "numba", *(home / "numba").iterdir()):
+            os.chown(path, NOBODY, NOBODY)
     try:
         yield User(NOBODY, change, _python_prefix(change, home), home)
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -115,7 +114,9 @@ def load_meanwhile() -> None:
     def load() -> None:
         # What is wrong is told where it is needed.
         with contextlib.suppress(Exception):
-            importlib.import_module("gpuksm.scan.round")
+            from gpuksm import scan
+
+            scan.load()
 
     threading.Thread(target=load, daemon=True).start()
 

@@ -321,7 +321,10 @@ class Agent:
             left = max(0, deadline - time.monotonic_ns())
             ready = self._poll.poll(left / 1e6)
             if ready:
-                data = self.sock.recv(8)
+                try:
+                    data = self.sock.recv(8)
+                except ConnectionResetError:  # it went without reading what we had sent
+                    data = b""
                 if len(data) < 8:
                     self._drain()
                     raise TargetGone(f"the agent of process {self.pid} is gone")

@@ -204,7 +204,10 @@ def _receive_descriptors(agent: Agent, nr: Any, fds: tuple[int, ...]) -> list[in
     if not await_readable([agent.sock.fileno()], WAIT_NS / 1e9):
         raise AgentStuck(f"process {agent.pid} was stopped just now")
     # Where sending failed, what comes first is the agent's acknowledgement.
-    _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
+    try:
+        _, rights, _, _ = agent.sock.recvmsg(1, socket.CMSG_LEN(4 * len(fds)), socket.MSG_PEEK)
+    except ConnectionResetError:
+        raise TargetGone(f"process {agent.pid} has exited") from None
     received = list(array.array("i", b"".join(data for _, _, data in rights)))
     for fd in received:
         os.set_inheritable(fd, False)

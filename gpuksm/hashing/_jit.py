@@ -14,8 +14,7 @@ import numba
 from llvmlite import binding  # type: ignore[import-untyped]
 from numba import types
 
-# Functions that the C library defines: all that a kernel's machine code may need from outside.
-_FROM_LIBC = {"memcpy", "memmove", "memset", "memcmp"}
+from gpuksm.linux.objects import FROM_LIBC
 
 
 def kernel(*signatures: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -54,7 +53,7 @@ def _machine_code(name: str, dispatcher: Any) -> Compiled:
     overload = dispatcher.overloads[signature.args]
     module = binding.parse_assembly(overload.library.get_llvm_str())
     declared = {function.name for function in module.functions if function.is_declaration}
-    foreign = {each for each in declared if not each.startswith("llvm.")} - _FROM_LIBC
+    foreign = {each for each in declared if not each.startswith("llvm.")} - FROM_LIBC
     if foreign:
         raise RuntimeError(f"the kernel {name} needs {', '.join(sorted(foreign))}")
     return Compiled(

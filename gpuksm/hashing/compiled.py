@@ -2,8 +2,8 @@
 
 Loading numba and its own cache costs half a second of processor time, more than
 many a scan.  So the object code that numba makes of a module of kernels is kept
-(`kernel_cache.py`), and later processes give it to LLVM's linker alone and call it
-by numba's convention:
+(`kernel_cache.py`), and later processes make it executable themselves
+(`gpuksm.linux.objects`; LLVM's linker does where that cannot) and call it by numba's convention:
 
     int32 kernel(result *, exception **, arguments...)
 
@@ -15,12 +15,15 @@ the sources in this package, the module's own, and the processor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import json
+import platform
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,15 +32,22 @@ from typing import Any
 import numpy as np
 
 from gpuksm.hashing import kernel_cache
-from gpuksm.linux.native import Cell, function_at
+from gpuksm.linux import objects
+from gpuksm.linux.native import Cell, function_at, processor
 
 _OK, _NONE = 0, -2
+_lock = threading.RLock()  # who needs them while another compiles them waits
 _ARRAY = "ppiipii"
 
 
-@functools.cache
 def library(module: str) -> Any:
     """The kernels of `module`, by name; compiled now unless an earlier process has done so."""
+    with _lock:
+        return _library(module)
+
+
+@functools.cache
+def _library(module: str) -> Any:
     name, key = module.rpartition(".")[2].strip("_"), _key(module)
     kept = kernel_cache.read(name, key)
     if kept is None:
@@ -72,16 +82,13 @@ def link(built: bytes) -> Any:
 
 
 def _key(module: str) -> str:
-    from llvmlite import binding  # type: ignore[import-untyped]
-
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     found = hashlib.sha256(Path(spec.origin).read_bytes())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         found.update(path.read_bytes())
-    found.update(binding.get_host_cpu_name().encode())
-    found.update(binding.get_host_cpu_features().flatten().encode())
+    found.update(f"{platform.machine()} {processor()}".encode())
     return found.hexdigest()[:32]
 
 
@@ -90,7 +97,9 @@ _engines: list[Any] = []  # own the machine code
 
 def _address(code: bytes, symbol: str) -> int:
     """Address of `symbol` in the object file `code`, which is made executable."""
-    from llvmlite import binding
+    with contextlib.suppress(objects.Unlinkable):
+        return objects.load(code, symbol)
+    from llvmlite import binding  # type: ignore[import-untyped]
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()

@@ -19,7 +19,8 @@ from gpuksm.linux import vm
 if sys.byteorder != "little":
     raise BackendUnavailable("the cpu backend needs a little-endian machine")
 
-_KERNELS = library("gpuksm.hashing._page_kernel")
+KERNELS = "gpuksm.hashing._page_kernel"
+_KERNELS = library(KERNELS)
 hash_pages = _KERNELS.hash_pages
 
 # Large enough that the cost of a read call is spread out, small enough that

@@ -49,6 +49,16 @@ __all__ = [
 ]
 
 
+def load() -> None:
+    """Load what scans need, and compile what no earlier process has: some 10 s of processor time then."""
+    from gpuksm.hashing import cpu, sort
+    from gpuksm.hashing.compiled import library
+    from gpuksm.scan import columns, round, runs  # noqa: F401
+
+    for kernels in (cpu.KERNELS, sort.KERNELS, columns.COLUMN_KERNELS, runs.KERNELS):
+        library(kernels)
+
+
 def run_scan(
     client: GuardClient, targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress
 ) -> ScanResult:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpuksm.errors import NoSuchProcess, TargetGone
+from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.linux import procfs
 from gpuksm.scan import measure
@@ -62,10 +64,10 @@ class _Scan:
 
     def run(self, wanted: Sequence[TargetRequest]) -> ScanResult:
         began, cpu_began = time.monotonic(), time.process_time()
+        before = measure.snapshot(request.pid for request in wanted)  # a guard that is starting needs a while
         hello, _ = self.client.request("hello")
         guard_cpu = measure.cpu_seconds(int(hello["pid"]))
         store_before = int(self.client.request("status", budgets=[])[0]["store_bytes"])
-        before = measure.snapshot(request.pid for request in wanted)
         self._attach(wanted)
         self._first_pass(int(hello.get("seed", 0)))
         for number in range(1, self.options.passes):
@@ -95,9 +97,8 @@ class _Scan:
 
     def _first_pass(self, seed: int) -> None:
         armed = time.monotonic()
-        self._arm()
         self.engine.open_hasher(seed, procfs.resident_bytes(t.pid for t in self.engine.living()))
-        self._look()
+        self._arm_and_look()
         living = self.engine.living()
         # While memory settles it is read; what was written meanwhile is dropped again.
         settled = armed + self.options.settle_seconds
@@ -146,11 +147,21 @@ class _Scan:
         wanted = ordered[heads(ordered)]
         return len(wanted) > 0 and equals_elsewhere(wanted, trackers, self.engine.stable())
 
+    def _arm_and_look(self) -> None:
+        """Arm all, and look each of them up while the guard arms the next."""
+        with ThreadPoolExecutor(self.options.threads or usable_cpus()) as crew:
+            looks: list[tuple[Target, Future[None]]] = []
+            self._arm(lambda target: looks.append((target, crew.submit(_tracker(target).look))))
+            for target, look in looks:
+                try:
+                    look.result()
+                except TargetGone:
+                    target.leave()
+
     def _look(self) -> None:
         for target in self.engine.living():
-            assert target.tracker is not None
             try:
-                target.tracker.look()
+                _tracker(target).look()
             except TargetGone:
                 target.leave()
 
@@ -162,8 +173,8 @@ class _Scan:
         for target in living:
             target.pages_scanned += scanned.get(target.pid, 0)
 
-    def _arm(self) -> dict[int, U64]:
-        """Arm all; {pid: stretches (n, 2) that had been written since the last time}."""
+    def _arm(self, then: Callable[[Target], None] = lambda _: None) -> dict[int, U64]:
+        """Arm all, and do `then` with each; {pid: stretches (n, 2) written since the last time}."""
         found = {}
         for target in self.engine.living():
             assert target.tracker is not None
@@ -173,6 +184,7 @@ class _Scan:
                 target.leave()
                 continue
             found[target.pid] = np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)
+            then(target)
         return found
 
     # -- the result --------------------------------------------------------------
@@ -218,6 +230,11 @@ class _Scan:
             pauses_us=tuple(self.engine.pauses_us),
             targets=reports,
         )
+
+
+def _tracker(target: Target) -> Tracker:
+    assert target.tracker is not None
+    return target.tracker
 
 
 def _look_again(tracker: Tracker, written: U64) -> None:

@@ -9,6 +9,7 @@ not left without.
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -25,6 +26,7 @@ from gpuksm.scan.tracker import Tracker, gather
 
 # Pages of a slice: large enough that planning it takes no longer than planning all at once.
 SLICE_PAGES = 1 << 18
+_FIRST_PART = 0.25  # of the first slice: until it is planned the guard has nothing to do
 
 
 def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0) -> dict[int, int]:
@@ -34,7 +36,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     """
     trackers = [target.tracker for target in living if target.tracker is not None]
     total = sum(tracker.count_wanted() for tracker in trackers)
-    count = max(1, total // SLICE_PAGES)
+    bounds = _bounds(max(1, total // SLICE_PAGES))
     budgets, stable = engine.budgets(living), engine.stable()
     scanned: dict[int, int] = {}
     done = 0
@@ -43,8 +45,8 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
         engine.progress.update(stage, done + at, total)
 
     with Commits() as commits:
-        for number in range(count):
-            share = [tracker.wanted(*_share(tracker, number, count)) for tracker in trackers]
+        for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+            share = [tracker.wanted(*_share(tracker, low, high)) for tracker in trackers]
             early = time.monotonic() < settled
             read = digest(
                 list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
@@ -54,17 +56,17 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
             done += sum(map(len, share))
             for pid, pages in read.items():
                 scanned[pid] = scanned.get(pid, 0) + pages
-            if count == 1:
+            if len(bounds) == 2:
                 break
             known = [
                 index[tracker.columns.known(index)] for tracker, index in zip(trackers, share, strict=True)
             ]
-            spend = budgets // (count - number)
+            spend = (budgets * (high - low) / (1 - low)).astype(np.int64)
             plan = engine.plan(gather(trackers, known), living, stable, spend)
             budgets -= _mark(plan, trackers, known)
             engine.commit(plan, living, commits)
             engine.hasher.leave(1)  # to the guard, which targets that are stopped wait for
-        _merge_rest(engine, living, trackers, commits, sliced=count > 1)
+        _merge_rest(engine, living, trackers, commits, sliced=len(bounds) > 2)
         commits.finish()
     engine.hasher.leave(0)
     return scanned
@@ -83,9 +85,15 @@ def _settle(engine: Engine, trackers: list[Tracker], read: list[I64], settled: f
             tracker.columns.unmark(KNOWN, index)
 
 
-def _share(tracker: Tracker, number: int, count: int) -> tuple[int, int]:
+def _bounds(count: int) -> list[float]:
+    """Where slices begin and end, as shares of each target; the first of `count` in two parts."""
+    whole = [number / count for number in range(1, count + 1)]
+    return [0.0, *([_FIRST_PART / count] if count > 1 else []), *whole]
+
+
+def _share(tracker: Tracker, low: float, high: float) -> tuple[int, int]:
     pages = len(tracker.columns)
-    return pages * number // count, pages * (number + 1) // count
+    return int(pages * low), pages if high == 1 else int(pages * high)
 
 
 def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:

@@ -6,14 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from gpuksm.errors import TargetGone
-from gpuksm.guard.agent import Agent, Table
+from gpuksm.guard.agent import TABLE_OFFSET, Agent, Table
 from gpuksm.guard.freeze import release_stragglers
 from gpuksm.linux import pidfd, uffd
+from gpuksm.linux.memory import PageBuffer
 from tests import requirements_env
 from tests.support import processes
 from tests.support.scripts import LIBC
@@ -31,6 +33,20 @@ def test_an_agent_that_is_gone() -> None:
     table.add(39)
     with theirs, pytest.raises(TargetGone):
         agent.perform(table)
+    agent.close()
+
+
+def test_an_agent_that_goes_without_reading_what_it_was_sent() -> None:
+    """Its end is reset then, not just closed, and that must not end the scan of all others."""
+    ours, theirs = socket.socketpair()
+    memory = PageBuffer(1 + TABLE_OFFSET // 4096 + 1)
+    agent = Agent(os.getpid(), threading.get_native_id(), memory.address, ours)
+    table = Table()
+    table.add(39)
+    agent.start(table)  # writes into our own memory
+    theirs.close()
+    with pytest.raises(TargetGone):
+        agent.finish(table)
     agent.close()
 
 

@@ -260,7 +260,9 @@ class World:
         assert not problems, "\n".join(problems)
 
     def _kill_guards(self) -> list[str]:
-        left = self.guard_processes()
+        deadline = time.monotonic() + 5
+        while (left := self.guard_processes()) and time.monotonic() < deadline:
+            time.sleep(0.01)  # one that a test has told to end may still be at it
         # The keeper first, or it would start a successor for the guard.
         for pid in sorted(left):
             try:
