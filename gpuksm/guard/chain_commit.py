@@ -77,7 +77,11 @@ class _ChainCommitter:
     def steps(self, target: Target, chains: list[Chain]) -> Iterator[float]:
         todo = _Todo(sorted(chains, key=lambda chain: chain.addr))
         while todo:
-            parts, vma = self._slice(target, todo)
+            limit = self.by_piece.pace.limit(self.by_piece.max_pause_us)
+            parts, vma = self._slice(target, todo, limit)
+            if len(parts) == 1 and len(parts[0].runs) == 1 and _weight(parts[0].runs) > limit:
+                yield from self.by_piece.steps(target, parts[0].pieces())  # which cuts a long run
+                continue
             need = _mappings(parts)
             room = self.by_piece.budget.room(need)
             if need > room:
@@ -89,9 +93,10 @@ class _ChainCommitter:
             else:
                 self.by_piece.outcome.skip("vma-budget", todo.drop())
 
-    def _slice(self, target: Target, todo: _Todo) -> tuple[list[_Part], mappings.VmaQuery | None]:
-        """As many runs as one pause allows, of one mapping if it is a plain one, which is told then."""
-        left = self.by_piece.pace.limit(self.by_piece.max_pause_us)
+    def _slice(
+        self, target: Target, todo: _Todo, left: float
+    ) -> tuple[list[_Part], mappings.VmaQuery | None]:
+        """Runs of a weight of `left`, of one mapping if it is a plain one, which is told then."""
         parts: list[_Part] = []
         runs = 0
         start, end = todo.next_chain()

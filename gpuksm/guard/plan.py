@@ -71,20 +71,21 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     cut = _cut_to_windows(planned)
     commits = _Commits(host, max_pause_us, _going_on(cut, wanted))
     outcome = commits.outcome
-    for portion in _portions(cut):
-        pieces: dict[int, list[Piece]] = {}
-        _fill(host, portion, pieces, unplaced, outcome)
-        _verify(host, portion, pieces, outcome)
-        commits.of(pieces, Committer.steps)
-    for some in _chain_portions(wanted):
-        equal = {number: _equal_chains(host, number, some[number], outcome) for number in some}
-        commits.of(equal, chain_commit.steps)
-    spans = commits.spans
-    _settle(host, spans)
+    try:
+        for portion in _portions(cut):
+            pieces: dict[int, list[Piece]] = {}
+            _fill(host, portion, pieces, unplaced, outcome)
+            _verify(host, portion, pieces, outcome)
+            commits.of(pieces, Committer.steps)
+        for some in _chain_portions(wanted):
+            equal = {number: _equal_chains(host, number, some[number], outcome) for number in some}
+            commits.of(equal, chain_commit.steps)
+    finally:  # what has been mapped ends well, whatever has come between
+        _settle(host, commits.spans)
     host.pauses_us.extend(outcome.pauses_us)
     del host.pauses_us[:-100_000]
     merged = struct.pack(f"<{len(plan)}I", *(outcome.merged.get(i, 0) for i in range(len(plan))))
-    vmas = {number: len(host.targets[number].runs) for number in spans if number in host.targets}
+    vmas = {number: len(host.targets[number].runs) for number in commits.spans if number in host.targets}
     return Result(outcome, merged, vmas)
 
 

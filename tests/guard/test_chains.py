@@ -8,16 +8,20 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuksm.guard import chains
+from gpuksm.guard import chain_commit, chains
 from gpuksm.guard.chain_commit import _Todo, _within, _without_last_page
 from gpuksm.guard.chains import Chain
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.guard.store import Store
+from gpuksm.guard.verify import Piece
 from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
@@ -112,6 +116,20 @@ def test_a_budget_is_kept_and_what_is_left_out_is_told(each: list[array[int]], r
     assert left_out + sum(part.runs.pages for part in kept) == sum(len(slots) for slots in each)
     whole = {part.record: len(part.runs) for part in parts}
     assert all(part.behind is None for part in kept if len(part.runs) < whole[part.record])
+
+
+def test_a_long_run_is_cut_as_pieces_are() -> None:
+    """A scanner never sends one; whoever does must not have a process stand for longer than it may."""
+    taken: list[Piece] = []
+
+    def by_pieces(_target: Any, pieces: list[Piece]) -> Iterator[float]:
+        taken.extend(pieces)
+        yield 0.0
+
+    committer: Any = SimpleNamespace(pace=Pace(), max_pause_us=100, steps=by_pieces)
+    target: Any = SimpleNamespace(query=lambda _address: None)
+    assert list(chain_commit.steps(committer, target, [Chain(3, ADDR, array("Q", range(500)))])) == [0.0]
+    assert taken == [Piece(3, ADDR, 500, 0)]
 
 
 @pytest.fixture
