@@ -58,18 +58,33 @@ def _provoke(victims: list[Victim]) -> None:
 LATER = [point for point in POINTS if point.startswith(("commit", "restore", "filled", "verified"))]
 
 
+# Where an ordinary user's guard, which is the tracer of what it merges, goes another way.
+OF_TRACERS = [point for point in POINTS if point.startswith(("child", "event", "fork"))]
+
+
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at(each_world: World, point: str) -> None:
-    _kill_at(each_world, point, 1)
+def test_killed_at(world: World, point: str) -> None:
+    _kill_at(world, _victims(world, point), point, 1)
+
+
+@pytest.mark.parametrize("point", [*OF_TRACERS, "commit-mapped", "restore-mapped"])
+def test_killed_at_as_an_ordinary_user(user_world: World, point: str) -> None:
+    _kill_at(user_world, _victims(user_world, point), point, 1)
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit")])
+def test_killed_in_a_chain(world: World, point: str) -> None:
+    """Where all is scattered but what fills the slots: the third slice is one of a chain."""
+    victims = [world.victim("regions", 700, 16, seed, "permuted", 9000) for seed in (1, 2, 3)]
+    _kill_at(world, victims, point, 3)
 
 
 @pytest.mark.parametrize("point", LATER)
 def test_killed_at_a_later_turn(world: World, point: str) -> None:
-    _kill_at(world, point, 3)
+    _kill_at(world, _victims(world, point), point, 3)
 
 
-def _kill_at(world: World, point: str, turn: int) -> None:
-    victims = _victims(world, point)
+def _kill_at(world: World, victims: list[Victim], point: str, turn: int) -> None:
     pids = [part for victim in victims for part in ("--pid", victim.pid)]
     world.extra_env["GPUKSM_FAULT"] = f"{point}:{turn}"
     scan = world.gpuksm("scan", *pids)
