@@ -15,7 +15,7 @@ demo: $(READY) ## merge four detector-like processes and unmerge them again, in 
 	$(BIN)/python bench/demo.py
 
 test: $(READY) ## run all tests; GPUKSM_REQUIRE=uffd,root,... turns skips into failures
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxschedchunk 2
 
 check: $(READY) ## ruff, mypy --strict and the architecture test
 	$(BIN)/ruff format --check .
