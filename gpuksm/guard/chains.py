@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpuksm import wire
-from gpuksm.guard import faults
 from gpuksm.guard.store import Store
-from gpuksm.guard.verify import CHUNK_PAGES, SLOTS, THEIRS
+from gpuksm.guard.verify import CHUNK_PAGES, SLOTS, THEIRS, bytes_read
 from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import equal
@@ -158,7 +157,8 @@ def _compare(store: Store, tid: int, addr: int, pages: list[int], slots: array[i
     _read_slots(store, slots)
     done = 0
     while done < len(pages):
-        got = _read(tid, [addr + page * PAGE_SIZE for page in pages[done:]]) // PAGE_SIZE
+        wanted = [addr + page * PAGE_SIZE for page in pages[done:]]
+        got = bytes_read(lambda wanted=wanted: vm.read_pages(tid, THEIRS.address, wanted)) // PAGE_SIZE  # type: ignore[misc]
         theirs, other = THEIRS.address, SLOTS.address + done * PAGE_SIZE
         if equal(theirs, other, got * PAGE_SIZE):
             for page in pages[done : done + got]:
@@ -179,12 +179,3 @@ def _read_slots(store: Store, slots: array[int]) -> None:
 def _breaks(slots: array[int]) -> list[int]:
     """Where a slot is not the one behind the slot before it."""
     return [at for at, (before, slot) in enumerate(itertools.pairwise(slots), 1) if slot - before != 1]
-
-
-def _read(tid: int, pages: list[int]) -> int:
-    try:
-        return faults.read("memory-read", vm.read_pages(tid, THEIRS.address, pages))
-    except OSError as error:
-        if error.errno == 14:  # EFAULT: not even the first page
-            return 0
-        raise

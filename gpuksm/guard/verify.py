@@ -211,8 +211,13 @@ def _readable(group: list[Piece], got: int) -> tuple[list[Piece], list[Piece]]:
 
 def _read(tid: int, remote: list[tuple[int, int]]) -> int:
     size = sum(length for _, length in remote)
+    return bytes_read(lambda: vm.readv(tid, [(THEIRS.address, size)], remote))
+
+
+def bytes_read(read: Callable[[], int]) -> int:
+    """What `read`ing a target's memory gave; ProcessLookupError when it is gone."""
     try:
-        return faults.read("memory-read", vm.readv(tid, [(THEIRS.address, size)], remote))
+        return faults.read("memory-read", read())
     except OSError as error:
         if error.errno == 14:  # EFAULT: not even the first page
             return 0

@@ -50,6 +50,11 @@ class Target:
     unshared: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
 
+    def followed(self) -> Tracker:
+        """Its tracker, of a target that is living."""
+        assert self.tracker is not None
+        return self.tracker
+
     @property
     def volatile(self) -> int:
         return self.tracker.volatile if self.tracker else 0

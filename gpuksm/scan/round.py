@@ -120,9 +120,8 @@ class _Scan:
             return False
         self._settle(number, armed)
         for target in self.engine.living():
-            assert target.tracker is not None
             try:
-                _look_again(target.tracker, written.get(target.pid, _NOTHING))
+                _look_again(target.followed(), written.get(target.pid, _NOTHING))
             except TargetGone:
                 target.leave()
         living = self.engine.living()
@@ -151,7 +150,7 @@ class _Scan:
         """Arm all, and look each of them up while the guard arms the next."""
         with ThreadPoolExecutor(self.options.threads or usable_cpus()) as crew:
             looks: list[tuple[Target, Future[None]]] = []
-            self._arm(lambda target: looks.append((target, crew.submit(_tracker(target).look))))
+            self._arm(lambda target: looks.append((target, crew.submit(target.followed().look))))
             for target, look in looks:
                 try:
                     look.result()
@@ -161,7 +160,7 @@ class _Scan:
     def _look(self) -> None:
         for target in self.engine.living():
             try:
-                _tracker(target).look()
+                target.followed().look()
             except TargetGone:
                 target.leave()
 
@@ -230,11 +229,6 @@ class _Scan:
             pauses_us=tuple(self.engine.pauses_us),
             targets=reports,
         )
-
-
-def _tracker(target: Target) -> Tracker:
-    assert target.tracker is not None
-    return target.tracker
 
 
 def _look_again(tracker: Tracker, written: U64) -> None:

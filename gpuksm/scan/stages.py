@@ -218,7 +218,7 @@ class _Merging:
         for target in targets:
             if target.refusal is not None:
                 raise error_of(target.refusal)
-            tracker = _tracker(target)
+            tracker = target.followed()
             self._guard.request("arm", target=target.ident)
             tracker.look()
             wanted.append((tracker, tracker.wanted()))
@@ -245,7 +245,7 @@ class _Merging:
 
     def _send(self, targets: list[Target], areas: list[Area], chosen: Callable[[Request], Request]) -> _Sent:
         """Plan what of the areas is still private, and have the guard do what of it is `chosen`."""
-        trackers = [_tracker(target) for target in targets]
+        trackers = [target.followed() for target in targets]
         candidates = [_inside(tracker, area) for tracker, area in zip(trackers, areas, strict=True)]
         stable, budgets = self._engine.stable(), self._engine.budgets(targets)
         plan = self._engine.plan(gather(trackers, candidates), targets, stable, budgets)
@@ -265,11 +265,6 @@ class _Merging:
             sent.stopped += sum(reply["pauses_us"]) / 1e6
             sent.pages += int(np.frombuffer(column, "<u4").sum())
         return sent
-
-
-def _tracker(target: Target) -> Tracker:
-    assert target.tracker is not None
-    return target.tracker
 
 
 def _quiet(_stage: str, _done: int, _total: int) -> None:

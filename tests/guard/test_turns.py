@@ -6,6 +6,8 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import pytest
+
 from gpuksm.guard.turns import rest, take_turns
 
 _STOOD = 0.004
@@ -40,11 +42,8 @@ def test_a_step_that_fails_ends_all() -> None:
         yield 0.0
         raise ZeroDivisionError
 
-    try:
+    with pytest.raises(ZeroDivisionError):
         take_turns({1: failing()}, lambda: None)
-    except ZeroDivisionError:
-        return
-    raise AssertionError
 
 
 def test_others_are_served_while_one_rests() -> None:

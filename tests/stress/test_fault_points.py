@@ -58,18 +58,9 @@ def _provoke(victims: list[Victim]) -> None:
 LATER = [point for point in POINTS if point.startswith(("commit", "restore", "filled", "verified"))]
 
 
-# Where an ordinary user's guard, which is the tracer of what it merges, goes another way.
-OF_TRACERS = [point for point in POINTS if point.startswith(("child", "event", "fork"))]
-
-
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at(world: World, point: str) -> None:
-    _kill_at(world, _victims(world, point), point, 1)
-
-
-@pytest.mark.parametrize("point", [*OF_TRACERS, "commit-mapped", "restore-mapped"])
-def test_killed_at_as_an_ordinary_user(user_world: World, point: str) -> None:
-    _kill_at(user_world, _victims(user_world, point), point, 1)
+def test_killed_at(each_world: World, point: str) -> None:
+    _kill_at(each_world, _victims(each_world, point), point, 1)
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("commit")])
