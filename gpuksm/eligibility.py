@@ -209,7 +209,8 @@ def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
         pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
         if pinned != "0":
             return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
-        if mappings.maps_mention(pid, " /[aio]"):
+        # The whole table of mappings, which may be long, is read only where somebody may have one.
+        if procfs.asynchronous_io_is_used() and mappings.maps_mention(pid, " /[aio]"):
             return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
     for table in _descriptor_tables(pid):
         targets = procfs.fd_targets(table)

@@ -6,7 +6,9 @@ root to become it), or for `each_world` to run as both.
 
 from __future__ import annotations
 
+import compileall
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import gpuksm
 from gpuksm.hashing import kernel_cache
 from tests import requirements_env
 from tests.support import victims
@@ -35,6 +38,13 @@ umount -l "$2"
 shift 3
 exec "$@"
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have gpuksm's bytecode there, as an installation has it: each test starts a dozen of its processes."""
+    if not hasattr(config, "workerinput"):
+        checked = py_compile.PycInvalidationMode.CHECKED_HASH  # whatever is done to the files afterwards
+        compileall.compile_dir(Path(gpuksm.__file__).parent, quiet=2, workers=0, invalidation_mode=checked)
 
 
 @pytest.fixture(scope="session")

@@ -132,16 +132,14 @@ def _open_memory(pid: int) -> int:
 
 def _find_slack(pid: int, memory: int, size: int) -> int:
     """Address of `size` unused (zero) bytes at the end of an executable page; Unsupported when none."""
-    for vma in mappings.maps(pid, perms="..xp"):
-        if not (vma.inode or vma.path == "[vdso]"):
-            continue
+    for end in mappings.private_code(pid):
         try:
-            page = os.pread(memory, PAGE_SIZE, vma.end - PAGE_SIZE)
+            page = os.pread(memory, PAGE_SIZE, end - PAGE_SIZE)
         except OSError:
             continue
         # 16 zero bytes stay before us: the last instruction may end in zeros.
         if len(page) == PAGE_SIZE and not any(page[-size - 32 :]):
-            return (vma.end - size) & ~15
+            return (end - size) & ~15
     raise Unsupported(f"process {pid} has no executable page with {size} unused bytes at its end; skipped")
 
 

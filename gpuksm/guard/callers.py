@@ -35,9 +35,15 @@ _WINDOW_CPU_NS = 1_000_000
 
 def readable(fd: int) -> bool:
     """True when an event waits."""
+    return bool(readable_of([fd]))
+
+
+def readable_of(fds: Iterable[int]) -> set[int]:
+    """Those of `fds` with an event that waits."""
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return any(flags & select.POLLIN for _, flags in poll.poll(0))
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, flags in poll.poll(0) if flags & select.POLLIN}
 
 
 def waiting_calls(target: Target, freeze: Freeze) -> list[Call] | None:

@@ -302,8 +302,9 @@ class Guard:
             return
         self._serving = True
         try:
-            for target in list(self.targets.values()):
-                if callers.readable(target.link.uffd_event):
+            waiting = callers.readable_of(target.link.uffd_event for target in self.targets.values())
+            for target in [other for other in self.targets.values() if other.link.uffd_event in waiting]:
+                if target.id in self.targets:  # serving another may have dropped it
                     self.serve_events(target)
             self.tether.serve()
             adoption.adopt_orphans(self)

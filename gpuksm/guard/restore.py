@@ -19,7 +19,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from gpuksm.errors import TargetGone
@@ -41,7 +41,6 @@ from gpuksm.guard.target import (
     Target,
     protection,
 )
-from gpuksm.guard.turns import rest
 from gpuksm.linux import mappings, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
@@ -199,14 +198,9 @@ def _copy(target: Target, source: int, destination: int, size: int) -> None:
 
 
 def restore_all(
-    target: Target,
-    journal: Journal,
-    frozen: FrozenContext,
-    max_pause_us: int,
-    breathe: Callable[[], None],
-) -> tuple[int, list[int]]:
-    """Unmerge a whole target in steps; (pages, pauses in microseconds)."""
-    pages, pauses = 0, []
+    target: Target, journal: Journal, frozen: FrozenContext, max_pause_us: int
+) -> Iterator[tuple[int, int]]:
+    """Unmerge a whole target in steps; of each the pages, and the microseconds for which it stood."""
     largest = _CHUNK_PAGES
     # Half of the time is room for a page that takes longer than those before it.
     pace = Pace(aim=0.5, least_weight=_LEAST_PAGES * _PAGE_US / 2)
@@ -237,11 +231,9 @@ def restore_all(
             if not target.runs.pages and target.placeholders:
                 remove_placeholders(target)
             worked = time.monotonic_ns()
-        pages += done
-        pauses.append((time.monotonic_ns() - started) // 1000)
-        pace.learn_stop(pauses[-1] - (worked - stopped) / 1000)
-        rest(pauses[-1] / 1e6 if target.runs.pages else 0.0, breathe)
-    return pages, pauses
+        pause_us = (time.monotonic_ns() - started) // 1000
+        pace.learn_stop(pause_us - (worked - stopped) / 1000)
+        yield done, pause_us
 
 
 def is_loose(target: Target, store: Store, end: int) -> bool:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from gpuksm.guard import faults
+
 _NAP_SECONDS = 0.0005  # between looks at who waits for us
 
 
@@ -21,6 +23,7 @@ def take_turns(work: Mapping[int, Iterator[float]], breathe: Callable[[], None])
     rested = dict.fromkeys(left, 0.0)  # from when on it may stand again
     while left:
         number = min(left, key=rested.__getitem__)
+        faults.point("turn")
         rest(rested[number] - time.monotonic(), breathe)
         stood = next(left[number], None)
         if stood is None:

@@ -1,4 +1,4 @@
-"""Giving merged pages back as private memory, on request, target by target.
+"""Giving merged pages back as private memory, on request; targets take turns (turns.py).
 
 What must hold: nobody is unmerged beyond what a control group's limit allows; where no process is named
 nothing is merged in the end but in those that are said to have failed, those forked meanwhile included.
@@ -9,7 +9,7 @@ If we die: see restore.py; what has been given back stays so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone
@@ -17,6 +17,7 @@ from gpuksm.guard import adoption, headroom, restore
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.sandbox import MUZZLED
+from gpuksm.guard.turns import take_turns
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
@@ -62,20 +63,23 @@ def _named(guard: Guard, pids: list[int]) -> list[Target]:
 
 def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> Unmerged:
     pages, pauses, failed = 0, list[int](), dict[str, str]()
-    for target in chosen:
+
+    def steps(target: Target) -> Iterator[float]:
+        nonlocal pages
         if target.runs.pages and target.link.agent.muzzled():
             failed[str(target.pid)] = MUZZLED
-            continue
+            return
         try:
-            count, more = restore.restore_all(
-                target, guard.journal, guard.frozen, max_pause_us, guard.breathe
-            )
-            pages, pauses = pages + count, pauses + more
+            for count, pause_us in restore.restore_all(target, guard.journal, guard.frozen, max_pause_us):
+                pages += count
+                pauses.append(pause_us)
+                yield pause_us / 1e6
         except TargetGone:
-            guard.drop(target)
-            continue
+            pass
         except (FreezeFailed, AgentStuck, restore.RestoreFailed) as error:
             failed[str(target.pid)] = str(error)
-            continue
+            return
         guard.drop(target)
+
+    take_turns({target.id: steps(target) for target in chosen}, guard.breathe)
     return pages, pauses, failed

@@ -12,11 +12,12 @@ import itertools
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpuksm.errors import TargetGone
 from gpuksm.linux._libc import supported
-from gpuksm.linux.procfs import errors_of, read, text
+from gpuksm.linux.procfs import errors_of, pieces, read, text
 
 _ANY_PERMS, _ANY_INODE = "[r-][w-][x-][sp]", r"\d+"
 
@@ -33,7 +34,7 @@ _HUGETLB = (b"\nPrivate_Hugetlb:", b"\nShared_Hugetlb:")
 # struct procmap_query, include/uapi/linux/fs.h, since Linux 6.11 (ed5d583a88a9).
 _QUERY = struct.Struct("=9Q4I2Q")
 _PROCMAP_QUERY = 0xC0686611
-_QUERY_COVERING_OR_NEXT = 0x10
+_QUERY_COVERING_OR_NEXT, _QUERY_FILE_BACKED = 0x10, 0x20
 QUERY_READ, QUERY_WRITE, QUERY_EXEC, QUERY_SHARED = 1, 2, 4, 8
 
 
@@ -104,8 +105,9 @@ def file_mappings(pid: int, inode: int, path: str) -> list[tuple[int, int, int]]
 
 
 def maps_file(pid: int, inode: int, path: str) -> bool:
-    """Whether `file_mappings` has any; quicker."""
-    return _file_line(inode, path).search(read(pid, "maps")) is not None
+    """Whether `file_mappings` has any; reads no further than to the first."""
+    line = _file_line(inode, path)
+    return any(line.search(piece) is not None for piece in pieces(pid, "maps"))
 
 
 def mapped(pid: int) -> list[tuple[int, int]]:
@@ -204,13 +206,15 @@ def open_maps(pid: int) -> int:
         return os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def query_vma(fd: int, address: int, *, or_next: bool = True) -> VmaQuery | None:
+def query_vma(fd: int, address: int, *, or_next: bool = True, wanted: int = 0) -> VmaQuery | None:
     """The VMA that covers `address`, or with `or_next` the first one above it; None where there is none.
+
+    Of those only that have all of the flags `wanted`.
 
     `fd` is a descriptor of /proc/PID/maps.  Raises TargetGone when the process
     is gone and OSError(ENOTTY) on kernels that do not know PROCMAP_QUERY.
     """
-    flags = _QUERY_COVERING_OR_NEXT if or_next else 0
+    flags = wanted | (_QUERY_COVERING_OR_NEXT if or_next else 0)
     argument = bytearray(_QUERY.pack(_QUERY.size, flags, address, *([0] * 12)))
     try:
         fcntl.ioctl(fd, _PROCMAP_QUERY, argument)
@@ -222,6 +226,25 @@ def query_vma(fd: int, address: int, *, or_next: bool = True) -> VmaQuery | None
         raise
     _, _, _, start, end, vma_flags, _, offset, inode, *_ = _QUERY.unpack(argument)
     return VmaQuery(start, end, vma_flags, offset, inode)
+
+
+def private_code(pid: int) -> Iterator[int]:
+    """Where each private executable mapping of a file ends, and that of the vdso; in a process that stands.
+
+    Mappings of other kinds, of which there may be tens of thousands, cost next to nothing.
+    """
+    fd = open_maps(pid)
+    try:
+        at = 0
+        while (vma := query_vma(fd, at, wanted=QUERY_EXEC | _QUERY_FILE_BACKED)) is not None:
+            if not vma.flags & QUERY_SHARED:
+                yield vma.end
+            at = vma.end
+    except OSError:  # a kernel that does not answer such questions
+        yield from (vma.end for vma in maps(pid, perms="..xp") if vma.inode)
+    finally:
+        os.close(fd)
+    yield from (vma.end for vma in maps(pid, perms="..xp") if vma.path == "[vdso]")
 
 
 def has_query_vma() -> bool:

@@ -55,15 +55,18 @@ def errors_of(pid: int) -> Iterator[None]:
 
 def read(pid: int, name: str) -> bytes:
     """All of /proc/PID/name; TargetGone, NotPermitted."""
+    return b"".join(pieces(pid, name))
+
+
+def pieces(pid: int, name: str) -> Iterator[bytes]:
+    """/proc/PID/name as the kernel gives it, a page or so of whole lines each; TargetGone, NotPermitted."""
     with errors_of(pid):
         fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            chunks = []
-            while chunk := os.read(fd, _READ_BYTES):
-                chunks.append(chunk)
+            while piece := os.read(fd, _READ_BYTES):
+                yield piece
         finally:
             os.close(fd)
-    return b"".join(chunks)
 
 
 def text(raw: bytes) -> str:
@@ -200,6 +203,15 @@ def may_attach(pid: int) -> bool:
     except NotPermitted:
         return False
     return True
+
+
+def asynchronous_io_is_used() -> bool:
+    """False when no process at all has a context of asynchronous I/O (io_setup)."""
+    try:
+        with open("/proc/sys/fs/aio-nr", "rb") as file:
+            return file.read().strip() != b"0"
+    except OSError:
+        return True
 
 
 def threads(pid: int) -> list[int]:

@@ -9,7 +9,7 @@ not left without.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import time
 
 import numpy as np
@@ -26,7 +26,8 @@ from gpuksm.scan.tracker import Tracker, gather
 
 # Pages of a slice: large enough that planning it takes no longer than planning all at once.
 SLICE_PAGES = 1 << 18
-_FIRST_PART = 0.25  # of the first slice: until it is planned the guard has nothing to do
+# Of the first slice: until something is planned the guard has nothing to do.
+_FIRST_PARTS = (0.25, 0.5, 0.75, 1.0)
 
 
 def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0) -> dict[int, int]:
@@ -45,50 +46,72 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
         engine.progress.update(stage, done + at, total)
 
     with Commits() as commits:
-        for number, (low, high) in enumerate(itertools.pairwise(bounds)):
-            share = [tracker.wanted(*_share(tracker, low, high)) for tracker in trackers]
-            early = time.monotonic() < settled
+        low = 0.0
+        for number, high in enumerate(bounds[1:]):
+            began = time.monotonic()
+            share = [tracker.wanted(*_share(tracker, bounds[number], high)) for tracker in trackers]
             read = digest(
                 list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
             )
-            if early or not number:
-                _settle(engine, trackers, share, settled)
             done += sum(map(len, share))
             for pid, pages in read.items():
                 scanned[pid] = scanned.get(pid, 0) + pages
+            now = time.monotonic()
+            if high < 1 and 2 * now - began < settled:
+                continue  # there is time to read another part
+            if began < settled or not low:
+                _settle(engine, trackers, low, high, settled)
             if len(bounds) == 2:
                 break
-            known = [
-                index[tracker.columns.known(index)] for tracker, index in zip(trackers, share, strict=True)
-            ]
+            chosen = [_candidates(tracker, *_share(tracker, low, high)) for tracker in trackers]
             spend = (budgets * (high - low) / (1 - low)).astype(np.int64)
-            plan = engine.plan(gather(trackers, known), living, stable, spend)
-            budgets -= _mark(plan, trackers, known)
+            plan = engine.plan(gather(trackers, chosen), living, stable, spend)
+            budgets -= _mark(plan, trackers, chosen)
             engine.commit(plan, living, commits)
             engine.hasher.leave(1)  # to the guard, which targets that are stopped wait for
+            if not low:
+                _count_volatile(trackers)
+            low = high
         _merge_rest(engine, living, trackers, commits, sliced=len(bounds) > 2)
+        if len(bounds) == 2:
+            _count_volatile(trackers)
         commits.finish()
     engine.hasher.leave(0)
     return scanned
 
 
-def _settle(engine: Engine, trackers: list[Tracker], read: list[I64], settled: float) -> None:
-    """Wait until `settled`, and forget what was written of the pages `read` while they were."""
+def _settle(engine: Engine, trackers: list[Tracker], low: float, high: float, settled: float) -> None:
+    """Wait until `settled`, and forget what was written of the pages read of this share while they were."""
     if (left := settled - time.monotonic()) > 0:
         engine.progress.update("settle", 0, 0)
         time.sleep(left)
-    for tracker, index in zip(trackers, read, strict=True):
+    for tracker in trackers:
+        first, end = _share(tracker, low, high)
+        index = np.flatnonzero(tracker.columns.known(slice(first, end))) + first
         try:
             tracker.keep_calm(index)
-            tracker.count_volatile()
         except TargetGone:
             tracker.columns.unmark(KNOWN, index)
 
 
+def _count_volatile(trackers: list[Tracker]) -> None:
+    """What was written while memory settled; the guard is at work by now."""
+    for tracker in trackers:
+        with contextlib.suppress(TargetGone):
+            tracker.count_volatile()
+
+
+def _candidates(tracker: Tracker, first: int, end: int) -> I64:
+    """Those of the pages from `first` to `end` - 1 that may be merged."""
+    return np.flatnonzero(tracker.may_be_merged()[first:end]) + first
+
+
 def _bounds(count: int) -> list[float]:
-    """Where slices begin and end, as shares of each target; the first of `count` in two parts."""
-    whole = [number / count for number in range(1, count + 1)]
-    return [0.0, *([_FIRST_PART / count] if count > 1 else []), *whole]
+    """Where slices begin and end, as shares of each target; the first of `count` in several parts."""
+    if count == 1:
+        return [0.0, 1.0]
+    first = [part / count for part in _FIRST_PARTS]
+    return [0.0, *first, *(number / count for number in range(2, count + 1))]
 
 
 def _share(tracker: Tracker, low: float, high: float) -> tuple[int, int]:

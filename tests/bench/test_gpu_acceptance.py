@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import gpu_acceptance
-from gpuksm.hashing import cuda, gpus
+from gpuksm.hashing import cuda, gpus, tables
 from tests import fake_cupy, nvrtc
 
 TINY = gpu_acceptance.Sizes(
@@ -30,6 +30,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> fake_cupy.FakeCuda:
     monkeypatch.setitem(sys.modules, "cupy", made.module())
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(gpus, "nvml", lambda: None)
+    monkeypatch.setattr(tables.Tables, "_check", lambda _: None)  # seconds each; see test_cuda.py
     monkeypatch.setattr(gpu_acceptance, "scan_jobs", lambda *_given: {"bytes_saved": 1, "seconds": 0.5})
     monkeypatch.setattr(gpu_acceptance.gpu_failures, "run", lambda _case: None)
     return made

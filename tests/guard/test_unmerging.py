@@ -1,4 +1,4 @@
-"""Unmerging a target leaves it alone between its pauses."""
+"""Unmerging a target leaves it alone between its pauses, and others have their turn."""
 
 from __future__ import annotations
 
@@ -12,37 +12,54 @@ from typing import Any
 
 import pytest
 
-from gpuksm.guard import restore
+from gpuksm.guard import restore, unmerging
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.linux import mappings
 from gpuksm.linux._libc import PAGE_SIZE
 
 
-def test_a_target_runs_for_as_long_as_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, stood, served = Runs(), list[tuple[float, float]](), list[float]()
-    runs.add(Run(0, 400 * PAGE_SIZE, 7))
-    target: Any = SimpleNamespace(runs=runs, placeholders=set())
-    journal: Any = SimpleNamespace()
+def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stood: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    served, dropped = list[float](), list[int]()
 
-    def piece(_target: Any, _journal: Any, start: int, end: int) -> None:
+    def piece(target: Any, _journal: Any, start: int, end: int) -> None:
         time.sleep(0.004)
-        runs.remove(start, end)
+        target.runs.remove(start, end)
 
     @contextlib.contextmanager
-    def frozen(_target: Any) -> Iterator[Any]:
+    def frozen(target: Any) -> Iterator[Any]:
         began = time.monotonic()
         yield None
-        stood.append((began, time.monotonic()))
+        stood[target.id].append((began, time.monotonic()))
 
     monkeypatch.setattr(restore, "restore_piece", piece)
-    pages, pauses = restore.restore_all(
-        target, journal, frozen, 1000, lambda: served.append(time.monotonic())
+    agent = SimpleNamespace(muzzled=lambda: False)
+    targets: Any = [
+        SimpleNamespace(
+            id=number, pid=number, runs=Runs(), placeholders=set(), link=SimpleNamespace(agent=agent)
+        )
+        for number in stood
+    ]
+    for target, count in zip(targets, (400, 200), strict=True):
+        target.runs.add(Run(0, count * PAGE_SIZE, 7))
+    guard: Any = SimpleNamespace(
+        journal=None,
+        frozen=frozen,
+        breathe=lambda: served.append(time.monotonic()),
+        drop=lambda target: dropped.append(target.id),
     )
-    assert pages == 400
-    assert len(pauses) == len(stood) > 3
-    for (began, ended), (again, _) in itertools.pairwise(stood):
-        assert again - ended >= (ended - began) * 0.9
-        assert sum(ended <= moment <= again for moment in served) > 3, "others are not served meanwhile"
+    pages, pauses, failed = unmerging._unmerge_each(guard, targets, 1000)
+    assert (pages, failed, sorted(dropped)) == (600, {}, [1, 2])
+    assert len(pauses) == sum(map(len, stood.values()))
+    for mine in stood.values():
+        assert len(mine) > 3
+        for (began, ended), (again, _) in itertools.pairwise(mine):
+            assert again - ended >= (ended - began) * 0.9
+            assert any(ended <= moment <= again for moment in served), "others are not served meanwhile"
+    order = [who for _, who in sorted((times, who) for who, mine in stood.items() for times in mine)]
+    assert order[:6] == [1, 2] * 3, "one waits for the other to be done"
 
 
 def test_what_lies_behind_a_hole_is_still_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gpuksm.errors import BackendUnavailable, UsageError
-from gpuksm.hashing import cuda, device, gpus, kernels, ring
+from gpuksm.hashing import cuda, device, gpus, kernels, ring, tables
 from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.cuda import CudaHasher
 from gpuksm.hashing.sort import match_sorted
@@ -35,11 +35,17 @@ Digests = tuple[NDArray[np.uint64], NDArray[np.uint8]]
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., fake_cupy.FakeCuda]]:
-    """Install a fake runtime; at the end of the test nothing of it may be left in use."""
+    """Install a fake runtime; at the end of the test nothing of it may be left in use.
+
+    It sorts a thousand keys at each start, as real ones do, only where asked to: that takes the
+    interpreter two seconds.
+    """
     nvrtc.library()
     made: list[fake_cupy.FakeCuda] = []
+    check = tables.Tables._check
 
-    def install(**options: Any) -> fake_cupy.FakeCuda:
+    def install(*, sorts_at_start: bool = False, **options: Any) -> fake_cupy.FakeCuda:
+        monkeypatch.setattr(tables.Tables, "_check", check if sorts_at_start else lambda _: None)
         made.append(fake_cupy.FakeCuda(**options))
         monkeypatch.setitem(sys.modules, "cupy", made[-1].module())
         monkeypatch.setattr(cuda, "unavailable", lambda: None)
@@ -330,7 +336,7 @@ def test_the_memory_cap_shapes_the_ring_and_sends_large_sorts_to_the_cpu(
 def test_a_device_that_sorts_wrongly_is_refused(
     fake: Callable[..., fake_cupy.FakeCuda], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake()
+    fake(sorts_at_start=True)
     wrong = kernels.source().replace("values[i] = i;", "values[i] = n - 1u - i;")
     monkeypatch.setattr(kernels, "source", lambda: wrong)
     with pytest.raises(BackendUnavailable, match="could be used"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import mmap
 import os
@@ -50,14 +51,19 @@ def test_file_names_survive(tmp_path, name):
 
 
 def test_maps_of_some_kind_are_those_of_all():
-    every = mappings.maps(os.getpid())
-    inode = next(vma.inode for vma in every if vma.inode)
-    assert mappings.maps(os.getpid(), perms="r-xp") == [vma for vma in every if vma.perms == "r-xp"]
-    assert mappings.maps(os.getpid(), inode=inode) == [vma for vma in every if vma.inode == inode]
-    plain = [vma for vma in mappings.maps(os.getpid()) if vma.perms == "rw-p" and not vma.inode]
-    assert {vma.start for vma in mappings.maps(os.getpid(), perms="rw-p", inode=0)} <= {
-        vma.start for vma in plain
-    }
+    code = "import sys; print(flush=True); sys.stdin.read()"  # this process has threads, which map and unmap
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()
+        pid = child.pid
+        every = mappings.maps(pid)
+        inode = next(vma.inode for vma in every if vma.inode)
+        assert mappings.maps(pid, perms="r-xp") == [vma for vma in every if vma.perms == "r-xp"]
+        assert mappings.maps(pid, inode=inode) == [vma for vma in every if vma.inode == inode]
+        plain = [vma for vma in every if vma.perms == "rw-p" and not vma.inode]
+        assert mappings.maps(pid, perms="rw-p", inode=0) == plain
+        child.stdin.close()
 
 
 def test_what_is_mapped_is_told_without_seams():
@@ -237,6 +243,21 @@ def test_query_vma():
     finally:
         os.close(fd)
         memory.close()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_private_code_is_what_maps_says_it_is(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOTTY, "PROCMAP_QUERY")
+
+    if not answers:
+        monkeypatch.setattr(mappings, "query_vma", unanswered)
+    libc = ctypes.CDLL(None).getpid  # something private and executable
+    code = [vma for vma in mappings.maps(os.getpid()) if vma.perms[2:] == "xp" and vma.path != "[vsyscall]"]
+    ends = list(mappings.private_code(os.getpid()))
+    assert set(ends) == {vma.end for vma in code if vma.inode or vma.path == "[vdso]"}
+    assert any(vma.start <= ctypes.cast(libc, ctypes.c_void_p).value < vma.end for vma in code)
+    assert len(set(ends)) == len(ends) > 3
 
 
 def test_some_memory_is_available() -> None:

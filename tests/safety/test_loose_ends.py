@@ -57,3 +57,20 @@ def test_a_run_whose_next_slice_begins_with_a_written_page(world: World) -> None
     victim.verify()
     victim.ask(f"grow {SLICE - 1}")  # all that is one mapping
     scanner.close()
+
+
+def test_a_run_of_which_an_error_leaves_out_the_rest(world: World) -> None:
+    """Before its second slice; what has been mapped of it until then ends well all the same."""
+    victim = world.python(_GROWING)
+    world.extra_env["GPUKSM_FAULT"] = "turn:2:error"
+    world.gpuksm("register", "--pid", victim.pid)  # starts a guard
+    scanner = Scanner(world, [victim])
+    start = victim.area("area")[0]
+    fill = (wire.OP_FILL, wire.FLAG_NEW_EXTENT, 0, scanner.targets[0], start, PAGES, 0, 0, 0, 0)
+    reply = scanner.commit([PAGES], [fill], max_pause_us=SHORTEST_PAUSE_US)
+    assert "fault injected" in reply["message"], reply
+    merged = processes.merged_pages(victim.pid, start, start + PAGES * PAGE_SIZE)
+    assert merged == SLICE - 1, "no border page"
+    victim.verify()
+    victim.ask(f"grow {merged}")
+    scanner.close()

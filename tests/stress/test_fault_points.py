@@ -55,7 +55,7 @@ def _provoke(victims: list[Victim]) -> None:
 
 
 # Points that are passed again and again within one request, where more is under way by then.
-LATER = [point for point in POINTS if point.startswith(("commit", "restore", "filled", "verified"))]
+LATER = [point for point in POINTS if point.startswith(("commit", "restore", "filled", "verified", "turn"))]
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -128,13 +128,27 @@ class World:
         named = [part for pid in pids for part in ("--pid", pid)]
         return self.gpuksm("scan", "--json", *named, *options, timeout=timeout).json()
 
-    def unmerge(self, *arguments: object) -> None:
-        """`gpuksm unmerge`, of everything when not told otherwise."""
-        result = self.gpuksm("unmerge", *(arguments or ("--all",)))
-        assert result.code == 0, result.err
-        if not arguments:
-            merged = {target["pid"]: target["merged_pages"] for target in self.request("status")["targets"]}
-            assert not any(merged.values()), f"still merged after unmerge: {merged}"
+    def unmerge(self, *arguments: object, seconds: float = 60) -> None:
+        """`gpuksm unmerge ARGUMENTS`; without any of everything, which the guard is asked for directly."""
+        if arguments:
+            result = self.gpuksm("unmerge", *arguments)
+            assert result.code == 0, result.err
+            return
+        deadline = time.monotonic() + seconds
+        while failed := self._unmerged(seconds):
+            assert time.monotonic() < deadline, f"still merged: {failed}"
+            time.sleep(0.1)
+        merged = {target["pid"]: target["merged_pages"] for target in self.request("status")["targets"]}
+        assert not any(merged.values()), f"still merged after unmerge: {merged}"
+
+    def _unmerged(self, seconds: float) -> Any:
+        """Ask for everything to be unmerged, of the command where there may be no guard; {pid: why not}."""
+        try:
+            return self.request("unmerge", timeout=seconds, pids=None, max_pause_us=5000)["failed"]
+        except (OSError, wire.WireError):
+            result = self.gpuksm("unmerge", "--all")  # which starts one where all were killed
+            assert result.code == 0, result.err
+            return {}
 
     def request(self, op: str, timeout: float = 20, **fields: Any) -> dict[str, Any]:
         """One request to the guard over its socket; an error reply is an AssertionError."""
