@@ -1,7 +1,5 @@
 """`python -m gpuksm` is `gpuksm`."""
 
-import sys
+from gpuksm.cli import run
 
-from gpuksm.cli import main
-
-sys.exit(main())
+run()
