@@ -51,6 +51,9 @@ class ForkedChild(Protocol):
 
     uffd_event: int | None  # the userfaultfd that the fork gave it, None when it has none yet
 
+    def prepare(self) -> None:
+        """Do before it is frozen what need not be done within.  TargetGone, NotPermitted."""
+
     def service(self) -> None:
         """Read its events while it is being frozen."""
 
@@ -83,6 +86,8 @@ def attach(
     gap = places.largest_gap(pid)
     far = gap.place()
     census.sharer_of(pid)
+    if child is not None:
+        child.prepare()
     with urgency.urgent(pid, 0):
         began = time.monotonic_ns()
         freeze = Freeze(pid, None, tethered)

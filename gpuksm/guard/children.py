@@ -35,6 +35,7 @@ from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal, places
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
+from gpuksm.guard.inventory import Inventory
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
 from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target
@@ -79,9 +80,16 @@ class Orphan:
     faults: list[int] = field(default_factory=list)
     guessed: bool = False  # the pid was searched for
     word: int | None = None  # what the agent of the guard before us waits for
+    inventory: Inventory | None = None
     filters: int = 0  # seccomp filters under which it may be given an agent although they cannot be read
 
     # attach.ForkedChild
+
+    def prepare(self) -> None:
+        """Learn what it maps, as far as that stays so."""
+        assert self.guard is not None
+        assert self.pid is not None
+        self.inventory = Inventory(self.pid, self.guard.store.inode)
 
     def service(self) -> None:
         """Read what waits, so that the threads can stop; see the head of this module."""
@@ -204,7 +212,7 @@ class Orphan:
         self.guard.adopt(target)
         if self.copy is not None:
             drop_copy(target, self.guard.store, self.guard.journal, self.copy)
-        _take_runs(self.guard, target, self.borders)
+        _take_runs(target, self.inventory, self.borders)
         for index, (event, grown) in enumerate(self.read):
             _late(self.guard, target, event, grown, [later.event for later in self.read[index + 1 :]])
         for start, end in self.discards:
@@ -287,9 +295,11 @@ def _store_mappings(guard: Guard, pid: int) -> list[Run]:
     return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
 
 
-def _take_runs(guard: Guard, target: Target, borders: set[int]) -> None:
+def _take_runs(target: Target, inventory: Inventory | None, borders: set[int]) -> None:
     """What the child really maps is what it has merged."""
-    target.runs.add_all(_store_mappings(guard, target.pid))
+    assert inventory is not None
+    inventory.refresh()
+    target.runs = inventory.runs
     target.borders = {page for page in borders if _may_be_border(target, page)}
 
 

@@ -100,7 +100,12 @@ def _file_line(inode: int, path: str) -> re.Pattern[bytes]:
 
 def file_mappings(pid: int, inode: int, path: str) -> list[tuple[int, int, int]]:
     """(start, end, offset in bytes) of each VMA of the file `inode`, whose path begins with `path`."""
-    found = _file_line(inode, path).findall(read(pid, "maps"))
+    return parse_file_mappings(read(pid, "maps"), inode, path)
+
+
+def parse_file_mappings(lines: bytes, inode: int, path: str) -> list[tuple[int, int, int]]:
+    """The same of `lines` of /proc/PID/maps."""
+    found = _file_line(inode, path).findall(lines)
     return [(int(start, 16), int(end, 16), int(offset, 16)) for start, end, offset in found]
 
 
