@@ -88,6 +88,7 @@ def attach(
     census.sharer_of(pid)
     if child is not None:
         child.prepare()
+        faults.point("takeover-prepared")
     with urgency.urgent(pid, 0):
         began = time.monotonic_ns()
         freeze = Freeze(pid, None, tethered)

@@ -66,7 +66,7 @@ def test_a_child_that_ends_before_it_is_a_target_leaves_no_descriptor(has_userfa
         os.close(event)
 
 
-# On "cut" it unmaps its second half, on "discard" it discards four pages of what is left.
+# On "cut" it unmaps its second half, on "move" it moves all, on "discard" it discards four pages of it.
 _CUT = (
     area_script(32)
     + """
@@ -78,6 +78,10 @@ for line in sys.stdin:
     if word == "cut":
         assert libc.munmap(at + 16 * 4096, 16 * 4096) == 0
         del expected[16:]
+    if word == "move":
+        there = libc.mmap(None, PAGES * 4096, 0, 0x4022, -1, 0)
+        assert libc.mremap(at, PAGES * 4096, PAGES * 4096, 3, there) == there
+        at = there
     if word == "discard":
         assert libc.madvise(at + 4 * 4096, 4 * 4096, 4) == 0
         expected[4:8] = [0] * 4
@@ -100,6 +104,24 @@ def _fail_takeover(world: World, times: str) -> list[Victim]:
     victims[0].answer()
     wait_for(lambda: _failed(world) > 0)
     return victims
+
+
+def test_what_moves_just_before_a_process_is_frozen_is_still_known_as_merged(world: World) -> None:
+    """What it maps was learned before; the freeze looks again."""
+    victims = [world.python(_CUT) for _ in range(2)]
+    scan_until_merged(world, victims, ["area"])
+    world.kill_guard_and_keeper()
+    world.extra_env["GPUKSM_FAULT"] = "takeover-prepared:1:500ms"
+    world.start("status", "--json")
+    wait_for(lambda: _failed(world) > 0)
+    for victim in victims:
+        victim.send("move")
+    for victim in victims:
+        victim.answer()
+    _await_targets(world, victims)
+    status = world.request("status")["targets"]
+    assert [target["merged_pages"] >= 31 for target in status] == [True, True], status
+    _perform_all(world, victims)
 
 
 def _failed(world: World) -> int:
