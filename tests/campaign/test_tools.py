@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.campaign import faults
+import gpuksm
+from tests.campaign import faults, removals
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,11 @@ def test_the_table_of_faults() -> None:
     runs = [faults.Run("p", "kill", 1, fired=True), faults.Run("p", "kill", 2, fired=True, wrong="hangs")]
     runs += [faults.Run("p", "error", 1), faults.Run("q", "error", 1, fired=True)]
     assert faults.table(runs).splitlines()[2:] == ["| p | 2 1 hangs | 0/1 |", "| q |  | 1 |"]
+
+
+@pytest.mark.parametrize("removal", removals.REMOVALS, ids=lambda removal: removal.name)
+def test_what_is_to_be_removed_is_there(removal: removals.Removal) -> None:
+    root = Path(gpuksm.__file__).parent.parent
+    text = (root / removal.file).read_text()
+    assert [text.count(old) for old, _ in removal.changes] == [1] * len(removal.changes)
+    assert (root / removal.tests.split("::")[0]).is_file()
