@@ -57,8 +57,8 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
             for pid, pages in read.items():
                 scanned[pid] = scanned.get(pid, 0) + pages
             now = time.monotonic()
-            if high < 1 and 2 * now - began < settled:
-                continue  # there is time to read another part
+            if number + 1 < len(_FIRST_PARTS) < len(bounds) and 2 * now - began < settled:
+                continue  # there is time to read another part of the first slice
             if began < settled or not low:
                 _settle(engine, trackers, low, high, settled)
             if len(bounds) == 2:
