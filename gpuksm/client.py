@@ -28,7 +28,7 @@ from gpuksm import errors, wire
 from gpuksm.linux.descriptors import await_readable
 
 _TRIES, _RETRY_SECONDS = 4, 0.1  # to start a process
-START_SECONDS = 15.0
+START_SECONDS = 60.0  # where all processors are busy; one that has failed is noticed at once
 # Unmerging a full node is one request; anything longer than this is a hang.
 REPLY_SECONDS = 600.0
 
