@@ -29,4 +29,11 @@ def test_codes_are_unique_but_for_a_target_that_went_away() -> None:
 
 def test_the_codes_of_the_command_line_are_listed() -> None:
     listed = {int(code) for code, _ in ROWS}
-    assert {0, cli.EXIT_USAGE, cli.EXIT_INTERNAL, cli.EXIT_INTERRUPTED, cli.EXIT_BROKEN_PIPE} <= listed
+    assert {
+        0,
+        cli.EXIT_USAGE,
+        cli.EXIT_INTERNAL,
+        cli.EXIT_OUTPUT,
+        cli.EXIT_INTERRUPTED,
+        cli.EXIT_BROKEN_PIPE,
+    } <= listed

@@ -13,16 +13,19 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import click
 
 from gpuksm import __version__, errors
 from gpuksm.report.plain import printable
 
+Result = TypeVar("Result")
+
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70
+EXIT_OUTPUT = 74
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 # New objects between two looks for cyclic garbage, which by default are a hundred while modules load.
@@ -66,6 +69,39 @@ def cli() -> None:
     """Merge identical memory pages of running processes, from user space."""
 
 
+class _OutputFailed(Exception):
+    """What was asked for is done, and cannot be told."""
+
+
+class _Output:
+    """Standard output, whose errors are told from all others."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._told(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._told(self._stream.flush)
+
+    def _told(self, do: Callable[[], Result]) -> Result:
+        try:
+            return do()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _OutputFailed(error.strerror) from None
+
+
+def _nowhere() -> TextIO:
+    """In the place of an output that is closed, and of its number, which no file of ours must get."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
 def run() -> NoReturn:
     """The command `gpuksm`: `main`, and the end of the process.
 
@@ -73,11 +109,13 @@ def run() -> NoReturn:
     all that outlives a command is closed by then.  With GPUKSM_DEBUG=1 it ends as usual, for profilers.
     """
     gc.set_threshold(_GARBAGE)
+    sys.stdout = cast(TextIO, _Output(sys.stdout or _nowhere()))
+    sys.stderr = sys.stderr or _nowhere()
     code = main()
     if os.environ.get("GPUKSM_DEBUG") == "1":
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or never there
+        with contextlib.suppress(OSError, ValueError, _OutputFailed):
             stream.flush()
     os._exit(code)
 
@@ -99,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), EXIT_USAGE)
     except errors.GpuksmError as error:
         return _fail(str(error), error.exit_code)
+    except _OutputFailed as error:
+        return _fail(f"cannot write to standard output ({error}); what it was to tell is done", EXIT_OUTPUT)
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -109,6 +109,27 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(60) == 141
 
 
+@pytest.mark.parametrize("words", [["status"], ["doctor", "--json"], ["--help"]], ids=" ".join)
+def test_an_output_that_cannot_be_written_is_told(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gpuksm", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 74
+    line = "gpuksm: cannot write to standard output (No space left on device); what it was to tell is done\n"
+    assert done.stderr == line
+
+
+def test_an_output_that_is_closed_is_not_wanted() -> None:
+    command = f"exec {sys.executable} -m gpuksm status >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = "import sys; from gpuksm.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     started = time.monotonic()
