@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import compileall
 import os
-import py_compile
 import shutil
 import subprocess
 import sys
@@ -43,8 +42,7 @@ exec "$@"
 def pytest_configure(config: pytest.Config) -> None:
     """Have gpuksm's bytecode there, as an installation has it: each test starts a dozen of its processes."""
     if not hasattr(config, "workerinput"):
-        checked = py_compile.PycInvalidationMode.CHECKED_HASH  # whatever is done to the files afterwards
-        compileall.compile_dir(Path(gpuksm.__file__).parent, quiet=2, workers=0, invalidation_mode=checked)
+        compileall.compile_dir(Path(gpuksm.__file__).parent, quiet=2, workers=0)
 
 
 @pytest.fixture(scope="session")

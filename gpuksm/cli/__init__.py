@@ -14,14 +14,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import click
 
 from gpuksm import __version__, errors
 from gpuksm.report.plain import printable
-
-Result = TypeVar("Result")
 
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70
@@ -69,37 +67,37 @@ def cli() -> None:
     """Merge identical memory pages of running processes, from user space."""
 
 
-class _OutputFailed(Exception):
-    """What was asked for is done, and cannot be told."""
-
-
 class _Output:
-    """Standard output, whose errors are told from all others."""
+    """Standard output, which ends nothing when it cannot be written: `failure` says why at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.failure = ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        return self._told(lambda: self._stream.write(text))
+        self._noted(lambda: self._stream.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        self._told(self._stream.flush)
+        self._noted(self._stream.flush)
 
-    def _told(self, do: Callable[[], Result]) -> Result:
+    def _noted(self, do: Callable[[], object]) -> None:
         try:
-            return do()
+            do()
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise _OutputFailed(error.strerror) from None
+            self.failure = self.failure or str(error.strerror)
 
 
-def _nowhere() -> TextIO:
+def _nowhere(number: int) -> TextIO:
     """In the place of an output that is closed, and of its number, which no file of ours must get."""
-    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    while (handle := os.open(os.devnull, os.O_WRONLY)) < number:
+        pass
+    return os.fdopen(handle, "w")
 
 
 def run() -> NoReturn:
@@ -109,14 +107,18 @@ def run() -> NoReturn:
     all that outlives a command is closed by then.  With GPUKSM_DEBUG=1 it ends as usual, for profilers.
     """
     gc.set_threshold(_GARBAGE)
-    sys.stdout = cast(TextIO, _Output(sys.stdout or _nowhere()))
-    sys.stderr = sys.stderr or _nowhere()
+    output = _Output(sys.stdout or _nowhere(1))
+    sys.stdout, sys.stderr = cast(TextIO, output), sys.stderr or _nowhere(2)
     code = main()
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        output.flush()
+    if output.failure:
+        _fail(f"cannot write to standard output ({output.failure}); what was done stays done", EXIT_OUTPUT)
+        code = code or EXIT_OUTPUT
     if os.environ.get("GPUKSM_DEBUG") == "1":
         sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, _OutputFailed):
-            stream.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -137,8 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), EXIT_USAGE)
     except errors.GpuksmError as error:
         return _fail(str(error), error.exit_code)
-    except _OutputFailed as error:
-        return _fail(f"cannot write to standard output ({error}); what it was to tell is done", EXIT_OUTPUT)
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -3,12 +3,13 @@
 A process may have tens of thousands of mappings.  To make runs of them takes several times as long as to have
 the kernel tell them, so inside the freeze only what it tells another way than before is made anew.
 
-What must hold: after `refresh` the runs are what the text of /proc/PID/maps said then, as if all of it had
-been read for the first time.  Nothing here changes the target.
+What must hold: after a `refresh` within the freeze the runs are what the text of /proc/PID/maps said then, as
+if all of it had been read for the first time.  Nothing here changes the target.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from gpuksm import eligibility
@@ -22,9 +23,14 @@ class Inventory:
 
     def __init__(self, pid: int, inode: int) -> None:
         self._pid, self._inode = pid, inode
-        self._text = b""
+        self._text = procfs.read(pid, "maps")
+        found = self._parsed(self._text)
+        # What runs may change its mappings while they are told: one that has just been joined to the next is
+        # told twice then, in part.  Nothing of such a text can be relied on.
+        if any(one.end > other.start for one, other in itertools.pairwise(found)):
+            self._text, found = b"", []
         self.runs = Runs()
-        self.refresh()
+        self.runs.add_all(found)
 
     def refresh(self) -> None:
         """Look again; TargetGone, NotPermitted."""

@@ -74,9 +74,9 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
                 pages += count
                 pauses.append(pause_us)
                 yield pause_us / 1e6
-        except TargetGone:
+        except (TargetGone, ProcessLookupError):
             pass
-        except (FreezeFailed, AgentStuck, restore.RestoreFailed) as error:
+        except (FreezeFailed, AgentStuck, restore.RestoreFailed, OSError) as error:
             failed[str(target.pid)] = str(error)
             return
         guard.drop(target)

@@ -103,7 +103,7 @@ def _count_volatile(trackers: list[Tracker]) -> None:
 
 def _candidates(tracker: Tracker, first: int, end: int) -> I64:
     """Those of the pages from `first` to `end` - 1 that may be merged."""
-    return np.flatnonzero(tracker.may_be_merged()[first:end]) + first
+    return np.flatnonzero(tracker.may_be_merged(first, end)) + first
 
 
 def _bounds(count: int) -> list[float]:

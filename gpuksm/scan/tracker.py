@@ -213,14 +213,15 @@ class Tracker:
         """Indices into `columns` of the pages that may be merged: calm, with a digest, not yet planned."""
         return np.flatnonzero(self.may_be_merged())
 
-    def may_be_merged(self) -> Mask:
-        """For each page of `columns` whether it is one of the candidates."""
-        keep = self.columns.marked(KNOWN | PLANNED, KNOWN)
+    def may_be_merged(self, first: int = 0, end: int | None = None) -> Mask:
+        """For each page of `columns` (of `first` to `end` - 1) whether it is one of the candidates."""
+        part = slice(first, end)
+        keep = self.columns.marked(KNOWN | PLANNED, KNOWN, part)
         if self._checksum:
             before = carry_over(self._previous, self.columns.address)
             same = before.known() & (before.digest == self.columns.digest)
             self.volatile = int((self.columns.known() & ~same).sum())
-            keep &= same
+            keep &= same[part]
         return keep
 
     def plan(self, index: I64) -> None:

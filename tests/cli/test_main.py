@@ -109,7 +109,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(60) == 141
 
 
-@pytest.mark.parametrize("words", [["status"], ["doctor", "--json"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["status"], ["doctor", "--json"], ["--help"], []], ids=" ".join)
 def test_an_output_that_cannot_be_written_is_told(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -120,7 +120,7 @@ def test_an_output_that_cannot_be_written_is_told(words: list[str]) -> None:
             timeout=60,
         )
     assert done.returncode == 74
-    line = "gpuksm: cannot write to standard output (No space left on device); what it was to tell is done\n"
+    line = "gpuksm: cannot write to standard output (No space left on device); what was done stays done\n"
     assert done.stderr == line
 
 

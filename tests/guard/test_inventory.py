@@ -55,6 +55,21 @@ def test_it_is_as_if_all_had_been_read_for_the_first_time(
         assert known.runs.pages == sum((end - start) // PAGE_SIZE for start, end, _ in expected)
 
 
+def test_a_text_in_which_mappings_overlap_is_not_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first was joined to the second between two lines; then something below has changed as well."""
+
+    def line(first: int, end: int, slot: int) -> str:
+        where = f"{first * PAGE_SIZE:08x}-{end * PAGE_SIZE:08x}"
+        return f"{where} rw-p {slot * PAGE_SIZE:08x} 00:01 {INODE}    {STORE}\n"
+
+    texts = [line(1, 2, 90) + line(10, 20, 30) + line(10, 40, 30), line(1, 3, 90) + line(10, 40, 30)]
+    monkeypatch.setattr(procfs, "read", lambda *_: texts.pop(0).encode())
+    known = Inventory(1, INODE)
+    known.refresh()
+    assert list(known.runs) == [(PAGE_SIZE, 3 * PAGE_SIZE, 90), (10 * PAGE_SIZE, 40 * PAGE_SIZE, 30)]
+    assert known.runs.pages == 32
+
+
 def test_only_what_has_changed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = list(range(3000))
     random.Random(1).shuffle(slots)

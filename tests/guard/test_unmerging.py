@@ -62,6 +62,40 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
     assert set(order[:2]) == {1, 2}, "one waits for the other to be done"
 
 
+@pytest.mark.parametrize(
+    ("error", "failed", "left"),
+    [(ProcessLookupError("gone"), {}, []), (OSError(5, "no"), {"1": "[Errno 5] no"}, [1])],
+    ids=["it dies", "it fails"],
+)
+def test_what_becomes_of_one_is_nothing_to_the_others(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, failed: dict[str, str], left: list[int]
+) -> None:
+    def piece(target: Any, _journal: Any, start: int, end: int) -> None:
+        if target.id == 1:
+            raise error
+        target.runs.remove(start, end)
+
+    dropped: list[int] = []
+    monkeypatch.setattr(restore, "restore_piece", piece)
+    agent = SimpleNamespace(muzzled=lambda: False)
+    targets: Any = [
+        SimpleNamespace(
+            id=number, pid=number, runs=Runs(), placeholders=set(), link=SimpleNamespace(agent=agent)
+        )
+        for number in (1, 2)
+    ]
+    for target in targets:
+        target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
+    guard: Any = SimpleNamespace(
+        journal=None,
+        frozen=lambda _: contextlib.nullcontext(),
+        breathe=lambda: None,
+        drop=lambda target: dropped.append(target.id),
+    )
+    assert unmerging._unmerge_each(guard, targets, 5000)[::2] == (40, failed)
+    assert sorted({1, 2} - set(dropped)) == left
+
+
 def test_what_lies_behind_a_hole_is_still_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, given_back = Runs(), list[tuple[int, int]]()
     runs.add(Run(0, 4 * PAGE_SIZE, 7))
