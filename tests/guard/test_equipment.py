@@ -85,15 +85,14 @@ def test_a_filter_comes_while_the_agent_has_the_device(world: World, monkeypatch
     processes.await_nothing_left(victim.pid, before)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)
 def test_a_process_is_stopped_while_the_agent_is_being_equipped(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guard does not wait for userfaultfds that an agent which is stopped cannot send."""
     requirements_env.need("root")
-    victim = world.victim("sandbox", "plain")
-    before = processes.footprint(victim.pid)
     receive = equipment._receive_descriptors
+    victim = world.victim("sandbox", "plain")
 
     def receive_late(*arguments: Any) -> Any:
         os.kill(victim.pid, signal.SIGSTOP)
@@ -102,13 +101,14 @@ def test_a_process_is_stopped_while_the_agent_is_being_equipped(
     monkeypatch.setattr(equipment, "_receive_descriptors", receive_late)
     monkeypatch.setattr(equipment, "WAIT_NS", 100_000_000)
     for _ in range(20):
+        before = processes.footprint(victim.pid)
         try:
             _attach_and_leave(victim)
         except AgentStuck:
             break
         finally:
             os.kill(victim.pid, signal.SIGCONT)
-        # It had sent them a moment before it was stopped.
+        victim = world.victim("sandbox", "plain")  # that one had sent them a moment before it was stopped
     else:
         pytest.fail("never stuck")
     victim.verify()
