@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-_SECONDS = 240
+_SECONDS = 900
 _ASSEMBLED = "gpuksm/guard/arch/x86_64.S"
 
 
@@ -204,8 +204,13 @@ REMOVALS = (
     ),
     Removal(
         "border pages",
-        "gpuksm/guard/commit.py",
-        (("        return not target.is_watched_behind(piece.end)\n", "        return False\n"),),
+        "gpuksm/guard/target.py",  # the last look for loose ends makes up for those that a slice leaves out
+        (
+            (
+                "        return address in self.borders or self.runs.at(address) is not None\n",
+                "        return True\n",
+            ),
+        ),
         "tests/safety/test_growth.py",
     ),
     Removal(
