@@ -17,19 +17,27 @@ from gpuksm.guard import faults
 _NAP_SECONDS = 0.0005  # between looks at who waits for us
 
 
-def take_turns(work: Mapping[int, Iterator[float]], breathe: Callable[[], None]) -> None:
-    """Do all steps of `work`, by target; each tells for how many seconds its target stood."""
-    left = dict(work)
+def take_turns(
+    work: Mapping[int, Iterator[float]], breathe: Callable[[], None], *, idle: float = 0.0
+) -> None:
+    """Do all steps of `work`, by target; each tells for how many seconds its target stood.
+
+    For `idle` times as long nobody's turn follows: steps that are hardly more than a freeze would keep a
+    processor at real-time priority all the time, and those who wait for it come in just then, for long.
+    """
+    left, idle_until = dict(work), 0.0
     rested = dict.fromkeys(left, 0.0)  # from when on it may stand again
     while left:
         number = min(left, key=rested.__getitem__)
         faults.point("turn")
-        rest(rested[number] - time.monotonic(), breathe)
+        now = time.monotonic()
+        rest(max(rested[number], idle_until) - now, breathe)
         stood = next(left[number], None)
         if stood is None:
             del left[number]
         else:
-            rested[number] = time.monotonic() + stood
+            now = time.monotonic()
+            rested[number], idle_until = now + stood, now + idle * stood
 
 
 def rest(seconds: float, breathe: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpuksm.guard.target import Target
 
 Unmerged = tuple[int, list[int], dict[str, str]]  # pages, pauses in microseconds, {pid: why not}
+_IDLE = 0.5  # times as long as one of several targets stood nobody does
 _ROUNDS = 20  # of what is forked while its parent is unmerged, one that forks and forks
 
 
@@ -81,5 +82,5 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
             return
         guard.drop(target)
 
-    take_turns({target.id: steps(target) for target in chosen}, guard.breathe)
+    take_turns({target.id: steps(target) for target in chosen}, guard.breathe, idle=_IDLE)
     return pages, pauses, failed

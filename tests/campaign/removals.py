@@ -101,7 +101,7 @@ REMOVALS = (
     Removal(
         "leaving a process alone between pauses",
         "gpuksm/guard/turns.py",
-        (("        rest(rested[number] - time.monotonic(), breathe)\n", ""),),
+        (("        rest(max(rested[number], idle_until) - now, breathe)\n", ""),),
         "tests/guard/test_turns.py",
     ),
     Removal(
