@@ -35,9 +35,8 @@ from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal, places
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
-from gpuksm.guard.inventory import Inventory
+from gpuksm.guard.inventory import Inventory, runs_in
 from gpuksm.guard.restore import RestoreFailed, block_growth, drop_copy, fix_ends, is_loose
-from gpuksm.guard.runs import Run
 from gpuksm.guard.target import Target
 from gpuksm.linux import census, mappings, pagemap, procfs, ptrace, uffd
 from gpuksm.linux._libc import PAGE_SIZE
@@ -167,7 +166,7 @@ class Orphan:
             faults.point("child-discard-noted")
         self.barred.add((start, end))
         room = procfs.max_map_count() - census.count_vmas(pid) - _BOOTSTRAP_MAPPINGS
-        for run in _store_mappings(guard, pid):
+        for run in runs_in(procfs.read(pid, "maps"), guard.store.inode):
             low, high = max(start, run.start), min(end, run.end)
             # Both ends may cost a mapping.  Getting in goes first: without this only our death can do harm.
             if low < high and room >= 2:
@@ -288,11 +287,6 @@ def maps_store(guard: Guard, pid: int) -> bool:
         return mappings.maps_file(pid, guard.store.inode, eligibility.STORE_PATH)
     except (TargetGone, GpuksmError):
         return False
-
-
-def _store_mappings(guard: Guard, pid: int) -> list[Run]:
-    found = mappings.file_mappings(pid, guard.store.inode, eligibility.STORE_PATH)
-    return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
 
 
 def _take_runs(target: Target, inventory: Inventory | None, borders: set[int]) -> None:

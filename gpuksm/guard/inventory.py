@@ -24,7 +24,7 @@ class Inventory:
     def __init__(self, pid: int, inode: int) -> None:
         self._pid, self._inode = pid, inode
         self._text = procfs.read(pid, "maps")
-        found = self._parsed(self._text)
+        found = runs_in(self._text, inode)
         # What runs may change its mappings while they are told: one that has just been joined to the next is
         # told twice then, in part.  Nothing of such a text can be relied on.
         if any(one.end > other.start for one, other in itertools.pairwise(found)):
@@ -36,14 +36,16 @@ class Inventory:
         """Look again; TargetGone, NotPermitted."""
         before, now = self._text, procfs.read(self._pid, "maps")
         first, behind = _same_lines(before, now)
-        for gone in self._parsed(before[first : len(before) - behind]):
+        for gone in runs_in(before[first : len(before) - behind], self._inode):
             self.runs.remove(gone.start, gone.end)
-        self.runs.add_all(self._parsed(now[first : len(now) - behind]))
+        self.runs.add_all(runs_in(now[first : len(now) - behind], self._inode))
         self._text = now
 
-    def _parsed(self, text: bytes) -> list[Run]:
-        found = mappings.parse_file_mappings(text, self._inode, eligibility.STORE_PATH)
-        return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
+
+def runs_in(text: bytes, inode: int) -> list[Run]:
+    """What lines of /proc/PID/maps tell of the store `inode`."""
+    found = mappings.parse_file_mappings(text, inode, eligibility.STORE_PATH)
+    return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
 
 
 def _same_lines(before: bytes, now: bytes) -> tuple[int, int]:

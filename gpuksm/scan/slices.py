@@ -63,7 +63,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
                 _settle(engine, trackers, low, high, settled)
             if len(bounds) == 2:
                 break
-            chosen = [_candidates(tracker, *_share(tracker, low, high)) for tracker in trackers]
+            chosen = [tracker.candidates(*_share(tracker, low, high)) for tracker in trackers]
             spend = (budgets * (high - low) / (1 - low)).astype(np.int64)
             plan = engine.plan(gather(trackers, chosen), living, stable, spend)
             budgets -= _mark(plan, trackers, chosen)
@@ -99,11 +99,6 @@ def _count_volatile(trackers: list[Tracker]) -> None:
     for tracker in trackers:
         with contextlib.suppress(TargetGone):
             tracker.count_volatile()
-
-
-def _candidates(tracker: Tracker, first: int, end: int) -> I64:
-    """Those of the pages from `first` to `end` - 1 that may be merged."""
-    return np.flatnonzero(tracker.may_be_merged(first, end)) + first
 
 
 def _bounds(count: int) -> list[float]:

@@ -209,9 +209,12 @@ class Tracker:
         """True without write tracking: nobody tells what was written."""
         return self._unarmed
 
-    def candidates(self) -> I64:
-        """Indices into `columns` of the pages that may be merged: calm, with a digest, not yet planned."""
-        return np.flatnonzero(self.may_be_merged())
+    def candidates(self, first: int = 0, end: int | None = None) -> I64:
+        """Indices into `columns` (of `first` to `end` - 1) of the pages that may be merged.
+
+        They are calm, with a digest, and not yet planned.
+        """
+        return np.flatnonzero(self.may_be_merged(first, end)) + first
 
     def may_be_merged(self, first: int = 0, end: int | None = None) -> Mask:
         """For each page of `columns` (of `first` to `end` - 1) whether it is one of the candidates."""

@@ -38,8 +38,8 @@ class _Tracker:
     def known(self, part: slice) -> Any:
         return self.state[part] == KNOWN
 
-    def may_be_merged(self, first: int, end: int) -> Any:
-        return self.state[first:end] == KNOWN
+    def candidates(self, first: int, end: int) -> Any:
+        return np.flatnonzero(self.state[first:end] == KNOWN) + first
 
     def keep_calm(self, index: Any) -> None:
         self.checked.append((time.monotonic(), len(index)))
