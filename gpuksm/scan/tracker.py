@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO
-from gpuksm.linux import pagemap, procfs
+from gpuksm.linux import procfs
+from gpuksm.scan import page_map
 from gpuksm.scan.addresses import Addresses, Mask
 from gpuksm.scan.columns import (
     COLUMN_KERNELS,
@@ -36,7 +37,7 @@ from gpuksm.scan.columns import (
     stretches_of,
 )
 from gpuksm.scan.nodes import Nodes, apart, no_nodes, nodes_of, parted
-from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK, PRESENT_INVERTED, PRESENT_MASK, PageMap
+from gpuksm.scan.page_map import PageMap
 from gpuksm.scan.runs import Pages
 from gpuksm.scan.state import CALM, KIND, KNOWN, PLANNED, carry_over, columns_of, empty_columns
 from gpuksm.scan.trees import StableTree
@@ -82,6 +83,7 @@ class Tracker:
         self.map.set_regions(table[np.argsort(table[:, 0], kind="stable")])
         spans = np.array(sorted(tuple(part[:2]) for part in merged), np.uint64).reshape(-1, 2)
         self.merged_low, self.merged_high = spans[:, 0].copy(), spans[:, 1].copy()
+        self._some_merged = len(spans) > 0
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -103,7 +105,7 @@ class Tracker:
             self.volatile = 0
             return
         began = time.monotonic()
-        address = Addresses.of_stretches(*self.map.exclusive_in(*self.map.select(CALM_MASK, CALM_INVERTED)))
+        address = Addresses.of_stretches(*self.map.exclusive_in(*self.map.select(page_map.CALM)))
         self.columns = carry_over(self.columns, address, self.by_node)
         if self.by_node:
             self._drop_moved()
@@ -134,8 +136,8 @@ class Tracker:
         """Set `volatile`: pages written since they were armed last; TargetGone."""
         if self._unarmed:
             return
-        written = pagemap.PAGE_IS_WRITTEN | PRESENT_MASK
-        self.volatile = count_pages(*self.map.select(written, PRESENT_INVERTED))
+        written = self.map.select(page_map.WRITTEN)
+        self.volatile = count_pages(*self.map.select_in(page_map.PRESENT.anonymous(), *written))
 
     def drop(self, low: U64, high: U64) -> None:
         """The pages in the stretches [low, high) were written: they have no digest, and are not calm."""
@@ -146,14 +148,14 @@ class Tracker:
         columns = self.columns
         calm = columns.calm()
         low, high = columns.address.keep(calm).stretches()
-        calm &= columns.address.covered(*self._calm_in(low, high))
+        calm &= columns.address.covered(*self._calm_in(low, high, some_merged=True))
         self.columns = columns.keep(calm)
 
     def look_at(self, low: U64, high: U64) -> None:
         """Find the pages in the stretches [low, high) that are calm now; TargetGone."""
         began = time.monotonic()
         none_waits = not self.count_wanted()
-        low, high = self.map.exclusive_in(*self.map.select_in(CALM_MASK, CALM_INVERTED, low, high))
+        low, high = self.map.exclusive_in(*self.map.select_in(page_map.CALM, low, high))
         self._looked = began if none_waits else 0.0
         self.columns.mark(CALM, self.columns.address.within(low, high))
         self.columns = self.columns.joined(low, high, self.by_node)
@@ -177,15 +179,18 @@ class Tracker:
         address = self.columns.address[index]
         first, pages = stretches_of(address)
         low = address[first]
-        return index[
-            inside(address, *self._calm_in(low, low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)))
-        ]
+        high = low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
+        return index[inside(address, *self._calm_in(low, high, some_merged=self._some_merged))]
 
-    def _calm_in(self, low: U64, high: U64) -> tuple[U64, U64]:
-        """Stretches of the pages in [low, high) that are calm at this moment; TargetGone."""
+    def _calm_in(self, low: U64, high: U64, *, some_merged: bool) -> tuple[U64, U64]:
+        """Stretches of the pages in [low, high) that are calm at this moment; TargetGone.
+
+        Without `some_merged` none of them may have been merged since it was found.
+        """
         if self._unarmed:
             return self.map.exclusive_in(low, high)
-        return self.map.select_in(CALM_MASK, CALM_INVERTED, low, high)
+        kind = page_map.CALM.anonymous() if some_merged else page_map.CALM
+        return self.map.select_in(kind, low, high)
 
     def learn(self, index: I64, digest: U64, kind: NDArray[np.uint8]) -> None:
         """Enter what hashing the pages `index` gave."""
@@ -230,6 +235,7 @@ class Tracker:
     def plan(self, index: I64) -> None:
         """From now on the pages `index` are no candidates, until other pages come or go, or `plan_anew`."""
         self.columns.mark(PLANNED, index)
+        self._some_merged = True
 
     def plan_anew(self) -> None:
         """All pages may be candidates again."""

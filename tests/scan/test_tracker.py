@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
@@ -11,7 +12,7 @@ import pytest
 from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import pagemap, uffd, vm
 from gpuksm.scan.columns import PAGE_BYTES, pages_of, stretches_of
-from gpuksm.scan.page_map import CALM_INVERTED, CALM_MASK
+from gpuksm.scan.page_map import CALM
 from gpuksm.scan.state import KNOWN
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather, user_key
 from gpuksm.scan.trees import no_stable_tree, stable_tree
@@ -20,12 +21,17 @@ PAGES = 64
 ARM = pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC
 
 
+MAP_FIXED = 0x10
+
+_mmap = ctypes.CDLL(None).mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+
 class Area:
     """Anonymous memory and what the guard does with it."""
 
     def __init__(self):
-        import ctypes
-
         self.memory = mmap.mmap(-1, PAGES * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.view = np.frombuffer(self.memory, np.uint8).reshape(PAGES, PAGE_BYTES)
@@ -47,6 +53,18 @@ class Area:
             flags=ARM,
         )
         return np.array([(low, high) for low, high, _ in written], np.uint64).reshape(-1, 2)
+
+    def put_file_over(self, first, pages):
+        """Map a file over `pages` pages from `first` on, as a commit does, and read them."""
+        start, length = self.start + first * PAGE_BYTES, pages * PAGE_BYTES
+        file = os.memfd_create("stable")
+        os.truncate(file, length)
+        mapped = _mmap(start, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_FIXED, file, 0)
+        assert mapped == start
+        os.close(file)
+        uffd.register(self.fd, start, length)
+        for page in range(first, first + pages):
+            _ = int(self.view[page, 0])
 
     def number(self, addresses):
         return [(int(address) - self.start) // PAGE_BYTES for address in addresses]
@@ -83,6 +101,35 @@ def test_calm_pages_are_present_armed_unwritten_and_anonymous(area):
     tracker.count_volatile()
     assert tracker.volatile == 1
     tracker.close()
+
+
+def test_armed_pages_of_a_file_are_neither_calm_nor_volatile(area):
+    """As merged memory is: the store's pages, in a mapping that is tracked."""
+    area.view[:] = 1
+    area.arm()
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    tracker.look()
+    learn_all(tracker)
+    area.put_file_over(10, 4)
+    area.view[20] = 2
+    tracker.count_volatile()
+    assert tracker.volatile == 1  # neither the file's pages, which are unarmed
+    area.arm()
+    tracker.plan(np.arange(10, 14))  # only what was planned may have been merged
+    left = [page for page in range(PAGES) if not 10 <= page < 14]
+    assert tracker.still_calm(np.arange(PAGES)).tolist() == left
+    tracker.prune()
+    assert area.number(tracker.columns.address[:]) == left
+    tracker.look()
+    assert area.number(tracker.columns.address[:]) == left
+    other = Tracker(os.getpid(), [], [(area.start, area.end)])  # merged by an earlier scan
+    other.look()
+    assert area.number(other.columns.address[:]) == left
+    area.put_file_over(0, 2)
+    area.arm()
+    assert other.still_calm(np.arange(len(left))).tolist() == list(range(2, len(left)))
+    for each in (tracker, other):
+        each.close()
 
 
 def test_what_was_written_after_it_was_read_has_no_digest(area):
@@ -215,13 +262,13 @@ def test_looking_at_some_stretches_finds_what_looking_at_all_finds_there(area, g
         if random.integers(0, 4) == 0:
             area.arm()
         tracker = Tracker(os.getpid(), regions)
-        everything = set(pages_of(*tracker.map.select(CALM_MASK, CALM_INVERTED)).tolist())
+        everything = set(pages_of(*tracker.map.select(CALM)).tolist())
         chosen = np.flatnonzero(random.integers(0, 3, PAGES) == 0).astype(np.uint64)
         address = chosen * np.uint64(PAGE_BYTES) + np.uint64(area.start)
         first, pages = stretches_of(address)
         low = address[first]
         high = low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
-        found = tracker.map.select_in(CALM_MASK, CALM_INVERTED, low, high)
+        found = tracker.map.select_in(CALM, low, high)
         expected = [page for page in address.tolist() if page in everything]
         assert pages_of(*found).tolist() == expected
         assert pages_of(*tracker.map.exclusive_in(*found)).tolist() == expected
@@ -241,7 +288,7 @@ def test_what_is_far_from_what_was_written_is_not_looked_at(area, monkeypatch):
     )
     tracker = Tracker(os.getpid(), [(area.start, area.end)])
     low = np.array([area.start, area.start + 3 * PAGE_BYTES, area.start + 60 * PAGE_BYTES], np.uint64)
-    tracker.map.select_in(CALM_MASK, CALM_INVERTED, low, low + np.uint64(PAGE_BYTES))
+    tracker.map.select_in(CALM, low, low + np.uint64(PAGE_BYTES))
     assert spans == [
         (area.start, area.start + 4 * PAGE_BYTES),
         (area.start + 60 * PAGE_BYTES, area.start + 61 * PAGE_BYTES),
