@@ -165,6 +165,50 @@ def count_equal(digest: Any, state: Any, known: Any, key: Any, wanted: Any, mark
 
 
 @kernel(
+    types.void(
+        _READ_ONLY_U64,
+        _READ_ONLY_U8,
+        types.uint64,
+        types.uint64,
+        types.uint64,
+        types.uint64[::1],
+        types.uint64[::1],
+    )
+)
+def note_digests(digest: Any, state: Any, known: Any, key: Any, shift: Any, once: Any, twice: Any) -> None:
+    """Set the bit that stands for each digest, changed by `key`, in `once`; in `twice` where it was set.
+
+    The highest bits, from `shift` on, say which it is.  Of pages whose state has the bit `known` alone.
+    """
+    for at in range(digest.size):
+        if np.uint64(state[at]) & known:
+            place = (digest[at] ^ key) >> shift
+            bit = np.uint64(1) << (place & np.uint64(63))
+            word = place >> np.uint64(6)
+            twice[word] |= once[word] & bit
+            once[word] |= bit
+
+
+@kernel(
+    types.void(
+        _READ_ONLY_U64,
+        _READ_ONLY_U8,
+        types.uint64,
+        types.uint64,
+        types.uint64,
+        _READ_ONLY_U64,
+        types.boolean[::1],
+    )
+)
+def find_noted(digest: Any, state: Any, known: Any, key: Any, shift: Any, twice: Any, out: Any) -> None:
+    """Set out[i]: whether the state of page i has the bit `known`, and its digest's bit is set in `twice`."""
+    for at in range(digest.size):
+        place = (digest[at] ^ key) >> shift
+        here = twice[place >> np.uint64(6)] >> (place & np.uint64(63))
+        out[at] = np.uint64(state[at]) & known != 0 and here & np.uint64(1) != 0
+
+
+@kernel(
     types.int64(
         _READ_ONLY_U64,
         _READ_ONLY_U32,

@@ -155,11 +155,6 @@ class Engine:
             target.unshared = int(plan.unshared[index])
         return plan
 
-    @property
-    def known_stable(self) -> StableTree:
-        """The stable tree as it was fetched last."""
-        return self._stable
-
     def stable(self) -> StableTree:
         """The stable tree; fetched only when the store has changed."""
         reply, payload = self.client.request("slots", generation=self._generation)

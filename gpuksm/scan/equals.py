@@ -1,8 +1,9 @@
-"""Which pages have an equal at all, told from their digests without a copy of them.
+"""Which pages may have an equal at all, told from their digests without sorting them.
 
-Digests are compared in parts, by their highest bits: what a scan holds of each page for this is its
-part's number, which becomes a mark, and all that a comparison takes (some 40 bytes a page) only for one part
-at a time.
+Two bits for each of 8 to 16 times as many values as there are pages say which digests came once and which
+came again.  A page whose digest came once has no equal; of the others a few have none either (one in 8
+to 16), which a plan tells.  So most pages that are alone never get into the planner's columns, which
+take some 40 bytes each.
 """
 
 from __future__ import annotations
@@ -10,84 +11,77 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gpuksm.hashing.compiled import library
 from gpuksm.scan.addresses import Mask
-from gpuksm.scan.columns import I64, U64, among
+from gpuksm.scan.columns import COLUMN_KERNELS, I64, U64
+from gpuksm.scan.state import KNOWN
 from gpuksm.scan.tracker import Tracker, user_key
-from gpuksm.scan.trees import Sort, StableTree
+from gpuksm.scan.trees import StableTree
 
-# More parts would save little memory, and each looks at all part numbers.
-_PART_PAGES, _MOST_PART_BITS = 1 << 17, 4
-_PIECE = 1 << 18
-_NO_PART, _EQUAL = 255, 254  # instead of a part's number: has no digest; has an equal
+_LEAST_BITS = 12  # of a digest
+_VALUES_PER_PAGE = 8
 
 
-def with_equals(trackers: Sequence[Tracker], stable: StableTree, sort: Sort) -> list[Mask]:
-    """For each tracker a bool column: the page has a digest, and is zeros or equals another or a slot.
+class Repeats:
+    """What digests came more than once, of slots and of pages as they become known.
+
+    `pages` is how many there will be of both, about.  Digests of pages of different users differ.
+    """
+
+    def __init__(self, pages: int, slots: U64) -> None:
+        bits = max(_LEAST_BITS, (_VALUES_PER_PAGE * pages).bit_length())
+        self._shift = 64 - bits
+        self._once, self._twice = np.zeros((2, 1 << bits - 6), np.uint64)
+        remembered = slots[slots != 0]
+        self._note(remembered, np.full(len(remembered), KNOWN, np.uint8), np.uint64(0))
+
+    def add(self, tracker: Tracker, first: int = 0, end: int | None = None) -> None:
+        """The pages `first` to `end` - 1 of `tracker` that have a digest; a page may come only once."""
+        columns, part = tracker.columns, slice(first, end)
+        self._note(columns.digest[part], columns.state[part], user_key(tracker))
+
+    def find(self, tracker: Tracker, first: int = 0, end: int | None = None) -> Mask:
+        """For each of the pages `first` to `end` - 1 whether it is zeros or may have an equal so far.
+
+        Never without a digest.
+        """
+        columns, part = tracker.columns, slice(first, end)
+        digest, state = columns.digest[part], columns.state[part]
+        found = np.empty(len(digest), np.bool_)
+        find = library(COLUMN_KERNELS).find_noted
+        find(digest, state, KNOWN, user_key(tracker), self._shift, self._twice, found)
+        found |= columns.zeros(part)
+        return found
+
+    def candidates(self, tracker: Tracker, first: int = 0, end: int | None = None) -> I64:
+        """Indices (of `first` to `end` - 1) of the candidates of `tracker` that may have an equal so far."""
+        return np.flatnonzero(tracker.may_be_merged(first, end) & self.find(tracker, first, end)) + first
+
+    def _note(self, digest: U64, state: np.typing.NDArray[np.uint8], key: np.uint64) -> None:
+        note = library(COLUMN_KERNELS).note_digests
+        note(digest, state, KNOWN, key, self._shift, self._once, self._twice)
+
+
+def repeats_of(trackers: Sequence[Tracker], stable: StableTree) -> Repeats:
+    """The digests of all pages of `trackers` that have one, and of all slots."""
+    repeats = Repeats(sum(len(each.columns) for each in trackers) + len(stable.digest), stable.digest)
+    for tracker in trackers:
+        repeats.add(tracker)
+    return repeats
+
+
+def with_equals(trackers: Sequence[Tracker], stable: StableTree) -> list[Mask]:
+    """For each tracker a bool column: the page has a digest, and is zeros or may equal another or a slot.
 
     Equal here means of equal digest, among pages of one user.
     """
-    if not trackers:
-        return []
-    pages = sum(len(each.columns) for each in trackers)
-    bits = min(_MOST_PART_BITS, max(0, (pages // _PART_PAGES).bit_length()))
-    numbers = [_parts(tracker, bits) for tracker in trackers]
-    for part in range(1 << bits):
-        index = [np.flatnonzero(number == part) for number in numbers]
-        digest = np.concatenate(
-            [
-                tracker.columns.digest[chosen] ^ user_key(tracker)
-                for tracker, chosen in zip(trackers, index, strict=True)
-            ]
-        )
-        ordered, order = sort(digest)
-        equal = np.empty(len(ordered), np.bool_)
-        equal[order] = _repeated(ordered) | (among(stable.ordered, ordered) & (ordered != 0))
-        at = 0
-        for number, chosen in zip(numbers, index, strict=True):
-            number[chosen[equal[at : at + len(chosen)]]] = _EQUAL
-            at += len(chosen)
-    return [_found(tracker, number) for tracker, number in zip(trackers, numbers, strict=True)]
+    repeats = repeats_of(trackers, stable)
+    return [repeats.find(tracker) for tracker in trackers]
 
 
-def candidates_with_equals(
-    trackers: Sequence[Tracker], stable: StableTree, sort: Sort
-) -> tuple[list[I64], list[int]]:
-    """For each tracker the indices of its candidates that have an equal, and how many have none."""
-    some: list[I64] = []
-    alone: list[int] = []
-    for tracker, equal in zip(trackers, with_equals(trackers, stable, sort), strict=True):
-        left = tracker.may_be_merged()
-        some.append(np.flatnonzero(left & equal))
-        alone.append(int(np.count_nonzero(left)) - len(some[-1]))
-    return some, alone
-
-
-def _parts(tracker: Tracker, bits: int) -> NDArray[np.uint8]:
-    """The number of each page's part: the highest `bits` of what its digest is compared by."""
-    columns, key = tracker.columns, user_key(tracker)
-    number = np.zeros(len(columns), np.uint8)
-    for at in range(0, len(columns), _PIECE):
-        piece = slice(at, at + _PIECE)
-        if bits:
-            number[piece] = (columns.digest[piece] ^ key) >> np.uint64(64 - bits)
-        number[piece][~columns.known(piece)] = _NO_PART
-    return number
-
-
-def _found(tracker: Tracker, number: NDArray[np.uint8]) -> Mask:
-    """Of each page whether it is marked, or zeros; takes the place of `number`."""
-    found = number.view(np.bool_)
-    np.equal(number, _EQUAL, out=found)
-    found |= tracker.columns.zeros()
-    return found
-
-
-def _repeated(ordered: U64) -> Mask:
-    """For each of these sorted digests whether it is there more than once."""
-    same = ordered[1:] == ordered[:-1]
-    found = np.zeros(len(ordered), np.bool_)
-    found[1:] = same
-    found[:-1] |= same
-    return found
+def candidates_with_equals(trackers: Sequence[Tracker], repeats: Repeats) -> tuple[list[I64], list[int]]:
+    """For each tracker the indices of its candidates that may have an equal, and how many have none."""
+    some = [repeats.candidates(tracker) for tracker in trackers]
+    left = [int(np.count_nonzero(tracker.may_be_merged())) for tracker in trackers]
+    return some, [count - len(index) for count, index in zip(left, some, strict=True)]

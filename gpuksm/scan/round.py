@@ -24,7 +24,7 @@ from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages, heads
 from gpuksm.scan.engine import Engine, Target, error_of
-from gpuksm.scan.equals import candidates_with_equals
+from gpuksm.scan.equals import candidates_with_equals, repeats_of
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
 from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
@@ -130,7 +130,7 @@ class _Scan:
         batch_pages, hasher = self.options.batch_pages, self.engine.hasher
         self._count(digest_wanted(trackers, hasher, batch_pages, self.progress), living)
         if again or self._worth_a_plan(trackers, fresh):
-            some, alone = candidates_with_equals(trackers, self.engine.stable(), hasher.sort)
+            some, alone = candidates_with_equals(trackers, repeats_of(trackers, self.engine.stable()))
             self.engine.merge(gather(trackers, some), living)
             for target, pages in zip(living, alone, strict=True):
                 target.unshared += pages

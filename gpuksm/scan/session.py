@@ -230,7 +230,7 @@ class Session:
                 self._leave(follower)
         living = self.engine.living()
         trackers = [target.tracker for target in living if target.tracker is not None]
-        worth = with_equals(trackers, self.engine.stable(), self.engine.hasher.sort)
+        worth = with_equals(trackers, self.engine.stable())
         masks = [_candidates(tracker, use_zero_pages) for tracker in trackers]
         some = [np.flatnonzero(mask & equal) for mask, equal in zip(masks, worth, strict=True)]
         before = {target.ident: target.runs for target in living}

@@ -10,7 +10,9 @@ not left without.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from gpuksm.scan.batches import digest
 from gpuksm.scan.columns import I64, ranges_within
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.engine import Engine, Target
-from gpuksm.scan.equals import candidates_with_equals
+from gpuksm.scan.equals import Repeats, candidates_with_equals
 from gpuksm.scan.planner import Plan
 from gpuksm.scan.state import KNOWN
 from gpuksm.scan.tracker import Tracker, gather
@@ -36,34 +38,38 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     Until `settled` (of the monotonic clock) nothing is planned, only read.
     """
     trackers = [target.tracker for target in living if target.tracker is not None]
-    total = sum(tracker.count_wanted() for tracker in trackers)
+    total = sum(len(tracker.columns) for tracker in trackers)
     bounds = _bounds(max(1, total // SLICE_PAGES))
     budgets, stable = engine.budgets(living), engine.stable()
-    scanned: dict[int, int] = {}
-    done = 0
+    repeats = Repeats(total + len(stable.digest), stable.digest)
+    scanned = dict.fromkeys((tracker.pid for tracker in trackers), 0)
 
-    def report(stage: str, at: int, _total: int) -> None:
-        engine.progress.update(stage, done + at, total)
+    def read(low: float, high: float) -> bool:
+        """Read what has no digest; whether as much again can be read until memory has settled."""
+        began, done = time.monotonic(), sum(scanned.values())
+        share = [(tracker, tracker.wanted(*_share(tracker, low, high))) for tracker in trackers]
+        if any(len(index) for _, index in share):
+            report = partial(_report, engine, done, total)
+            for pid, pages in digest(share, engine.hasher, engine.options.batch_pages, report).items():
+                scanned[pid] += pages
+        return 2 * time.monotonic() - began < settled
 
     with Commits() as commits:
         low = 0.0
         for number, high in enumerate(bounds[1:]):
             began = time.monotonic()
-            share = [tracker.wanted(*_share(tracker, bounds[number], high)) for tracker in trackers]
-            read = digest(
-                list(zip(trackers, share, strict=True)), engine.hasher, engine.options.batch_pages, report
-            )
-            done += sum(map(len, share))
-            for pid, pages in read.items():
-                scanned[pid] = scanned.get(pid, 0) + pages
-            now = time.monotonic()
-            if number + 1 < len(_FIRST_PARTS) < len(bounds) and 2 * now - began < settled:
-                continue  # there is time to read another part of the first slice
+            early = read(bounds[number], high)
+            if early and number + 1 < len(_FIRST_PARTS) < len(bounds):
+                continue
             if began < settled or not low:
-                _settle(engine, trackers, low, high, settled)
+                for start, end in itertools.pairwise(bounds[number + 1 :]):
+                    early = early and read(start, end)
+                _settle(engine, trackers, settled)
+            for tracker in trackers:
+                repeats.add(tracker, *_share(tracker, low, high))
             if len(bounds) == 2:
                 break
-            chosen = [tracker.candidates(*_share(tracker, low, high)) for tracker in trackers]
+            chosen = [repeats.candidates(tracker, *_share(tracker, low, high)) for tracker in trackers]
             spend = (budgets * (high - low) / (1 - low)).astype(np.int64)
             plan = engine.plan(gather(trackers, chosen), living, stable, spend)
             budgets -= _mark(plan, trackers, chosen)
@@ -72,7 +78,7 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
             if not low:
                 _count_volatile(trackers)
             low = high
-        _merge_rest(engine, living, trackers, commits, sliced=len(bounds) > 2)
+        _merge_rest(engine, living, trackers, repeats, commits)
         if len(bounds) == 2:
             _count_volatile(trackers)
         commits.finish()
@@ -80,14 +86,17 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     return scanned
 
 
-def _settle(engine: Engine, trackers: list[Tracker], low: float, high: float, settled: float) -> None:
-    """Wait until `settled`, and forget what was written of the pages read of this share while they were."""
+def _report(engine: Engine, done: int, total: int, stage: str, at: int, _: int) -> None:
+    engine.progress.update(stage, done + at, total)
+
+
+def _settle(engine: Engine, trackers: list[Tracker], settled: float) -> None:
+    """Wait until `settled`, and forget what was written of the pages that were read while they were."""
     if (left := settled - time.monotonic()) > 0:
         engine.progress.update("settle", 0, 0)
         time.sleep(left)
     for tracker in trackers:
-        first, end = _share(tracker, low, high)
-        index = np.flatnonzero(tracker.columns.known(slice(first, end))) + first
+        index = np.flatnonzero(tracker.columns.known())
         try:
             tracker.keep_calm(index)
         except TargetGone:
@@ -128,13 +137,10 @@ def _mark(plan: Plan, trackers: list[Tracker], chosen: list[I64]) -> I64:
 
 
 def _merge_rest(
-    engine: Engine, living: list[Target], trackers: list[Tracker], commits: Commits, *, sliced: bool
+    engine: Engine, living: list[Target], trackers: list[Tracker], repeats: Repeats, commits: Commits
 ) -> None:
-    """Plan what no slice has taken and what has an equal anywhere."""
-    if sliced:
-        some, unshared = candidates_with_equals(trackers, engine.known_stable, engine.hasher.sort)
-    else:  # these are few, and the plan itself will tell
-        some, unshared = [tracker.candidates() for tracker in trackers], [0] * len(trackers)
+    """Plan what no slice has taken and what may have an equal anywhere."""
+    some, unshared = candidates_with_equals(trackers, repeats)
     for target in living:
         target.left_out, target.unshared = {}, 0
     if any(map(len, some)):
