@@ -336,10 +336,14 @@ class Guard:
 
     # -- requests --------------------------------------------------------------------
 
-    def arm(self, target: Target, ranges: list[tuple[int, int]] | None) -> tracking.Armed:
-        """Re-arm write tracking; see tracking.py.  TargetGone."""
+    def arm(
+        self, target: Target, ranges: list[tuple[int, int]] | None, calm_seconds: float
+    ) -> tracking.Armed:
+        """Re-arm write tracking; see tracking.py.  Nothing is merged for `calm_seconds`.  TargetGone."""
         try:
-            return tracking.arm(target, self.breathe, ranges)
+            armed = tracking.arm(target, self.breathe, ranges)
+            target.calm_from = time.monotonic() + calm_seconds
+            return armed
         except ProcessLookupError:
             self.drop(target)
             raise TargetGone(f"process {target.pid} has exited") from None

@@ -367,6 +367,7 @@ class _Commits:
     def of(self, compared: dict[int, list[_Item]], steps: _Steps[_Item]) -> None:
         """Commit what was `compared` of each target, by `steps` of its committer."""
         work: dict[int, Iterator[float]] = {}
+        due: dict[int, float] = {}
         for number, mine in compared.items():
             low, high = self.spans.get(number, (1 << 64, 0))
             self.spans[number] = (
@@ -374,7 +375,9 @@ class _Commits:
                 max([high, *(item.end for item in mine)]),
             )
             work[number] = self._steps(number, mine, steps)
-        take_turns(work, self.host.breathe)
+            if (target := self.host.targets.get(number)) is not None:
+                due[number] = target.calm_from
+        take_turns(work, self.host.breathe, due=due)
 
     def _steps(self, number: int, mine: list[_Item], steps: _Steps[_Item]) -> Iterator[float]:
         host, outcome = self.host, Outcome()

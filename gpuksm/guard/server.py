@@ -31,6 +31,7 @@ from gpuksm.guard.restore import RestoreFailed
 from gpuksm.linux import process, procfs
 
 _IDLE_SECONDS = 3.0
+_MOST_CALM_US = 1_000_000  # a commit may wait so long for memory to be calm, and others for the commit
 _TICK_MS = 500
 _BUSY_TICK_MS = 10
 _HOUSEKEEPING_SECONDS = 0.02  # may wait so long while threads stop and go on
@@ -331,7 +332,8 @@ class Server:
             not low < high <= after for (low, high), (after, _) in itertools.pairwise([*ranges, (1 << 63, 0)])
         ):
             raise UsageError("malformed request: ranges must ascend and not overlap")
-        written, changed = self.guard.arm(self.guard.target(message["target"]), ranges)
+        calm_seconds = min(_MOST_CALM_US, max(0, int(message.get("calm_us", 0)))) / 1e6
+        written, changed = self.guard.arm(self.guard.target(message["target"]), ranges, calm_seconds)
         flat = [address for pair in written for address in pair]
         return {"ranges": len(written), "changed": changed}, struct.pack(f"<{len(flat)}Q", *flat)
 

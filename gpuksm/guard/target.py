@@ -34,6 +34,7 @@ class Target:
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
     `allow_direct_io`: descriptors through which devices might write do not matter.
+    `calm_from`: when (of the monotonic clock) what was armed last and is unwritten counts as calm.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
     """
 
@@ -60,6 +61,7 @@ class Target:
     pauses_us: list[int] = field(default_factory=list)
     closed: bool = False
     allow_direct_io: bool = False
+    calm_from: float = 0.0
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:

@@ -18,15 +18,21 @@ _NAP_SECONDS = 0.0005  # between looks at who waits for us
 
 
 def take_turns(
-    work: Mapping[int, Iterator[float]], breathe: Callable[[], None], *, idle: float = 0.0
+    work: Mapping[int, Iterator[float]],
+    breathe: Callable[[], None],
+    *,
+    due: Mapping[int, float] | None = None,
+    idle: float = 0.0,
 ) -> None:
     """Do all steps of `work`, by target; each tells for how many seconds its target stood.
+
+    None of a target is done before it is `due` (of the monotonic clock).
 
     For `idle` times as long nobody's turn follows: steps that are hardly more than a freeze would keep a
     processor at real-time priority all the time, and those who wait for it come in just then, for long.
     """
     left, idle_until = dict(work), 0.0
-    rested = dict.fromkeys(left, 0.0)  # from when on it may stand again
+    rested = dict.fromkeys(left, 0.0) | dict(due or {})  # from when on it may stand again
     while left:
         number = min(left, key=rested.__getitem__)
         faults.point("turn")

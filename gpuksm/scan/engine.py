@@ -18,7 +18,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.scan import nodes
-from gpuksm.scan.columns import I64
+from gpuksm.scan.columns import I64, U64
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.planner import Plan, make_plan
 from gpuksm.scan.requests import Request, requests
@@ -29,6 +29,9 @@ from gpuksm.scan.types import Progress, ScanOptions, TargetReport, TargetRequest
 
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient
+
+# For so long the guard waits for memory to settle, and answers nobody else meanwhile.
+MOST_GUARD_SECONDS = 0.2
 
 
 @dataclass
@@ -135,6 +138,19 @@ class Engine:
         self.targets += fresh
         self.pauses_us += [int(pause) for item in reply["targets"] for pause in item.get("pauses_us", ())]
         return fresh
+
+    def arm(self, target: Target) -> U64 | None:
+        """Arm `target`; stretches (n, 2) written since the last time, or None when it has exited.
+
+        The guard merges nothing of it before `settle_seconds` have passed, MOST_GUARD_SECONDS at most.
+        """
+        calm_us = round(min(self.options.settle_seconds, MOST_GUARD_SECONDS) * 1e6)
+        try:
+            _, payload = self.client.request("arm", target=target.ident, calm_us=calm_us)
+        except (TargetGone, errors.NoSuchProcess):
+            target.leave()
+            return None
+        return np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)
 
     def merge(self, pages: Pages, living: list[Target]) -> int:
         """Plan over the candidates `pages` of `living` and commit; pages merged or given back."""

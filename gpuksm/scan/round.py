@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuksm.errors import NoSuchProcess, TargetGone
-from gpuksm.hashing.crew import usable_cpus
+from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import KIND_ZERO
 from gpuksm.linux import procfs
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages, heads
-from gpuksm.scan.engine import Engine, Target, error_of
+from gpuksm.scan.engine import Engine, Target
 from gpuksm.scan.equals import candidates_with_equals, repeats_of
+from gpuksm.scan.opening import Opening, open_targets
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
 from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
@@ -64,12 +63,13 @@ class _Scan:
 
     def run(self, wanted: Sequence[TargetRequest]) -> ScanResult:
         began, cpu_began = time.monotonic(), time.process_time()
-        before = measure.snapshot(request.pid for request in wanted)  # a guard that is starting needs a while
         hello, _ = self.client.request("hello")
         guard_cpu = measure.cpu_seconds(int(hello["pid"]))
         store_before = int(self.client.request("status", budgets=[])[0]["store_bytes"])
-        self._attach(wanted)
-        self._first_pass(int(hello.get("seed", 0)))
+        pids = [request.pid for request in wanted]
+        self.engine.open_hasher(int(hello.get("seed", 0)), procfs.resident_bytes(pids))
+        opening = open_targets(self.engine, wanted)
+        self._first_pass(opening)
         for number in range(1, self.options.passes):
             if self._checksums:
                 self._checksum_pass(number)
@@ -77,16 +77,9 @@ class _Scan:
                 break
         self.progress.update("measure", 0, 0)
         status, _ = self.client.request("status", budgets=[])
-        after = measure.snapshot(before)
+        after = measure.snapshot(opening.before)
         cpu = time.process_time() - cpu_began + measure.cpu_seconds(int(hello["pid"])) - guard_cpu
-        return self._result(status, before, after, store_before, time.monotonic() - began, cpu)
-
-    def _attach(self, wanted: Sequence[TargetRequest]) -> None:
-        self.progress.update("attach", 0, len(wanted))
-        targets = self.engine.attach(wanted)
-        if targets and all(target.refusal is not None for target in targets):
-            raise error_of(targets[0].refusal or {})
-        self.progress.update("attach", len(wanted), len(wanted))
+        return self._result(status, opening.before, after, store_before, time.monotonic() - began, cpu)
 
     # -- passes ------------------------------------------------------------------
 
@@ -95,14 +88,11 @@ class _Scan:
         """Whether there is no write tracking: then only a second digest tells what is calm."""
         return any(target.tracker is not None and target.tracker.unarmed for target in self.engine.targets)
 
-    def _first_pass(self, seed: int) -> None:
-        armed = time.monotonic()
-        self.engine.open_hasher(seed, procfs.resident_bytes(t.pid for t in self.engine.living()))
-        self._arm_and_look()
+    def _first_pass(self, opening: Opening) -> None:
         living = self.engine.living()
+        self._count(opening.scanned, living)
         # While memory settles it is read; what was written meanwhile is dropped again.
-        settled = armed + self.options.settle_seconds
-        self._count(merge_everything(self.engine, living, settled), living)
+        self._count(merge_everything(self.engine, living, opening.settled), living)
 
     def _checksum_pass(self, number: int) -> None:
         """All over again."""
@@ -146,17 +136,6 @@ class _Scan:
         wanted = ordered[heads(ordered)]
         return len(wanted) > 0 and equals_elsewhere(wanted, trackers, self.engine.stable())
 
-    def _arm_and_look(self) -> None:
-        """Arm all, and look each of them up while the guard arms the next."""
-        with ThreadPoolExecutor(self.options.threads or usable_cpus()) as crew:
-            looks: list[tuple[Target, Future[None]]] = []
-            self._arm(lambda target: looks.append((target, crew.submit(target.followed().look))))
-            for target, look in looks:
-                try:
-                    look.result()
-                except TargetGone:
-                    target.leave()
-
     def _look(self) -> None:
         for target in self.engine.living():
             try:
@@ -172,19 +151,10 @@ class _Scan:
         for target in living:
             target.pages_scanned += scanned.get(target.pid, 0)
 
-    def _arm(self, then: Callable[[Target], None] = lambda _: None) -> dict[int, U64]:
-        """Arm all, and do `then` with each; {pid: stretches (n, 2) written since the last time}."""
-        found = {}
-        for target in self.engine.living():
-            assert target.tracker is not None
-            try:
-                _, payload = self.client.request("arm", target=target.ident)
-            except (TargetGone, NoSuchProcess):
-                target.leave()
-                continue
-            found[target.pid] = np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)
-            then(target)
-        return found
+    def _arm(self) -> dict[int, U64]:
+        """Arm all; {pid: stretches (n, 2) written since the last time}."""
+        written = ((target.pid, self.engine.arm(target)) for target in self.engine.living())
+        return {pid: stretches for pid, stretches in written if stretches is not None}
 
     # -- the result --------------------------------------------------------------
 

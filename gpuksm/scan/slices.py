@@ -57,12 +57,9 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
     with Commits() as commits:
         low = 0.0
         for number, high in enumerate(bounds[1:]):
-            began = time.monotonic()
             early = read(bounds[number], high)
-            if early and number + 1 < len(_FIRST_PARTS) < len(bounds):
-                continue
-            if began < settled or not low:
-                for start, end in itertools.pairwise(bounds[number + 1 :]):
+            if not low:
+                for start, end in itertools.pairwise(bounds[1:]):
                     early = early and read(start, end)
                 _settle(engine, trackers, settled)
             for tracker in trackers:

@@ -37,6 +37,15 @@ def test_others_go_on_meanwhile() -> None:
     assert [number for number, _ in began] == [1, 2] * 4
 
 
+def test_nobody_is_served_before_it_is_due() -> None:
+    began: list[tuple[int, float]] = []
+    start = time.monotonic()
+    due = {1: start + 0.05, 2: start + 0.02, 9: start + 60}
+    take_turns({number: _work(number, 1, began) for number in (1, 2, 3)}, lambda: None, due=due)
+    assert [number for number, _ in began] == [3, 2, 1]
+    assert all(at >= due.get(number, start) for number, at in began)
+
+
 def test_a_step_that_fails_ends_all() -> None:
     def failing() -> Iterator[float]:
         yield 0.0

@@ -10,7 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -295,5 +298,32 @@ def test_memory_is_not_filled_from_a_numa_node_that_is_not_there(
     reply = scanner.commit([PAGES], [record], column=[0] * PAGES, node=min(numa.nodes()) + 1)
     assert reply["mapped_pages"] >= PAGES - 1, reply
     assert numa.store_policies(victims[0].pid) == {f"prefer:{min(numa.nodes())}"}
+    for victim in victims:
+        victim.verify()
+
+
+def test_nothing_is_merged_before_memory_was_calm_for_as_long_as_was_said(
+    world: World, victims: list[Victim], scanner: Scanner
+) -> None:
+    """Not even if the plan comes at once; what is written meanwhile stays.  Who says too much gets less."""
+    at = victims[0].area("shared")[0]
+    began = time.monotonic()
+    assert scanner.ask("arm", target=scanner.targets[0], calm_us=400_000)["ok"]
+    replies: list[dict[str, Any]] = []
+    plan = [(FILL, NEW, 0, scanner.targets[0], at, PAGES, 0, 0, 0, 0)]
+    commit = threading.Thread(target=lambda: replies.append(scanner.commit([PAGES], plan)))
+    commit.start()
+    time.sleep(0.1)
+    victims[0].ask("write 50 3")
+    assert victims[0].merged_pages("shared") == 0
+    commit.join()
+    assert time.monotonic() - began >= 0.4
+    assert replies[0].get("ok"), replies
+    assert 0 < victims[0].merged_pages("shared") < PAGES
+    assert scanner.ask("arm", target=scanner.targets[1], calm_us=10**9)["ok"]
+    at, began = victims[1].area("shared")[0], time.monotonic()
+    assert scanner.commit([PAGES], [(FILL, NEW, 0, scanner.targets[1], at, PAGES, 0, 0, 0, 0)])["ok"]
+    assert 0.9 < time.monotonic() - began < 20
+    assert victims[1].merged_pages("shared")
     for victim in victims:
         victim.verify()

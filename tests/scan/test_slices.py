@@ -108,10 +108,10 @@ def _order(did: list[Any]) -> str:
 
 def test_until_memory_has_settled_it_is_read_and_then_planned_slice_by_slice(ran: Any) -> None:
     tracker, did = ran(0.001, 0.5)
-    assert _order(did) == "r" * 7 + "p" * 4 + "r"
+    assert _order(did) == "r" * 7 + "p" * 7 + "r"
     began = did[0][1]
     assert did[7][1] - began > 0.45, "planned before it had settled"
-    assert [len(index) for what, _, index in did if what == "plan"] == [PAGES // 4] * 4
+    assert [len(index) for what, _, index in did if what == "plan"] == [PAGES // 16] * 4 + [PAGES // 4] * 3
     assert [pages for _, pages in tracker.checked] == [PAGES], "what was read meanwhile was not looked at"
     assert len(tracker.counted) == 1
 
