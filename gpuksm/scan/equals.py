@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpuksm.hashing.compiled import library
 from gpuksm.scan.addresses import Mask
@@ -26,15 +27,23 @@ _VALUES_PER_PAGE = 8
 class Repeats:
     """What digests came more than once, of slots and of pages as they become known.
 
-    `pages` is how many there will be of both, about.  Digests of pages of different users differ.
+    `pages` is how many there will be of both, about: of more, more pass that have no equal.  Digests of
+    pages of different users differ.
     """
 
     def __init__(self, pages: int, slots: U64) -> None:
         bits = max(_LEAST_BITS, (_VALUES_PER_PAGE * pages).bit_length())
         self._shift = 64 - bits
         self._once, self._twice = np.zeros((2, 1 << bits - 6), np.uint64)
-        remembered = slots[slots != 0]
-        self._note(remembered, np.full(len(remembered), KNOWN, np.uint8), np.uint64(0))
+        self.note(slots[slots != 0])
+
+    def note(self, digest: U64) -> None:
+        """More digests, as they are compared between users."""
+        self._note(digest, np.full(len(digest), KNOWN, np.uint8), np.uint64(0))
+
+    def hold(self, digest: U64) -> Mask:
+        """For each of these digests, which were noted, whether it may have come more than once so far."""
+        return self._find(digest, np.full(len(digest), KNOWN, np.uint8), np.uint64(0))
 
     def add(self, tracker: Tracker, first: int = 0, end: int | None = None) -> None:
         """The pages `first` to `end` - 1 of `tracker` that have a digest; a page may come only once."""
@@ -47,10 +56,7 @@ class Repeats:
         Never without a digest.
         """
         columns, part = tracker.columns, slice(first, end)
-        digest, state = columns.digest[part], columns.state[part]
-        found = np.empty(len(digest), np.bool_)
-        find = library(COLUMN_KERNELS).find_noted
-        find(digest, state, KNOWN, user_key(tracker), self._shift, self._twice, found)
+        found = self._find(columns.digest[part], columns.state[part], user_key(tracker))
         found |= columns.zeros(part)
         return found
 
@@ -58,7 +64,12 @@ class Repeats:
         """Indices (of `first` to `end` - 1) of the candidates of `tracker` that may have an equal so far."""
         return np.flatnonzero(tracker.may_be_merged(first, end) & self.find(tracker, first, end)) + first
 
-    def _note(self, digest: U64, state: np.typing.NDArray[np.uint8], key: np.uint64) -> None:
+    def _find(self, digest: U64, state: NDArray[np.uint8], key: np.uint64) -> Mask:
+        found = np.empty(len(digest), np.bool_)
+        library(COLUMN_KERNELS).find_noted(digest, state, KNOWN, key, self._shift, self._twice, found)
+        return found
+
+    def _note(self, digest: U64, state: NDArray[np.uint8], key: np.uint64) -> None:
         note = library(COLUMN_KERNELS).note_digests
         note(digest, state, KNOWN, key, self._shift, self._once, self._twice)
 

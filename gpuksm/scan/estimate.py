@@ -25,11 +25,12 @@ from gpuksm.hashing.sort import KERNELS as SORT_KERNELS
 from gpuksm.linux import mappings, procfs
 from gpuksm.scan import nodes
 from gpuksm.scan.columns import COLUMN_KERNELS, I64, PAGE_BYTES
+from gpuksm.scan.equals import Repeats
 from gpuksm.scan.planner import Plan, make_plan
 from gpuksm.scan.runs import KERNELS as LAYOUT_KERNELS
 from gpuksm.scan.runs import VMA_PAGES
 from gpuksm.scan.same_layout import same_layout_pages
-from gpuksm.scan.survey import Lookout, survey
+from gpuksm.scan.survey import Lookout, Survey, survey
 from gpuksm.scan.tracker import Tracker
 from gpuksm.scan.trees import no_stable_tree
 from gpuksm.scan.types import EstimateResult, EstimateTarget, Progress, ScanOptions, TargetRequest
@@ -59,6 +60,7 @@ def run(
     began, cpu_began = time.monotonic(), time.process_time()
     by_node = nodes.wanted(options.merge_across_nodes)
     subjects: list[_Subject] = []
+    resident = procfs.resident_bytes(target.pid for target in targets)
     with ThreadPoolExecutor(1) as pool:
         # Loading the backend takes as long as looking the first targets up, which the lookout does meanwhile.
         making = pool.submit(
@@ -68,33 +70,36 @@ def run(
             options.threads,
             options.device,
             options.gpu_memory,
-            procfs.resident_bytes(target.pid for target in targets),
+            resident,
         )
         try:
             opened = _opened(targets, options, by_node, progress, subjects)
             with Lookout(opened, options.batch_pages) as lookout:
                 hasher, why = making.result()
                 pool.submit(_load_planner)
-                pages, scanned = survey(
+                # The same layout is looked for among what has no equal as well.
+                repeats = None if same_layout else Repeats(resident // PAGE_BYTES, no_stable_tree().digest)
+                found = survey(
                     lookout,
                     hasher,
                     options.batch_pages,
                     progress,
                     lambda: sum(each.resident for each in subjects),
+                    repeats,
                 )
             living = [subject.tracker for subject in subjects if subject.tracker is not None]
             reasons = [subject.reason for subject in subjects if subject.reason is not None]
             if reasons and len(reasons) == len(subjects):
                 raise reasons[0]
             progress.update("plan", 0, 0)
-            plan = make_plan(pages, no_stable_tree(), _budgets(subjects), hasher.sort)
+            plan = make_plan(found.pages, no_stable_tree(), _budgets(subjects), hasher.sort)
             more = (
                 same_layout_pages(living, plan, hasher, options.batch_pages, progress)
                 if same_layout
                 else None
             )
             cpu = time.process_time() - cpu_began
-            return _result(subjects, scanned, plan, more, hasher, why, time.monotonic() - began, cpu)
+            return _result(subjects, found, plan, more, hasher, why, time.monotonic() - began, cpu)
         finally:
             for subject in subjects:
                 if subject.tracker is not None:
@@ -154,7 +159,7 @@ def _per_target(plan: Plan, targets: int) -> tuple[I64, I64, I64]:
 
 def _result(
     subjects: list[_Subject],
-    scanned: list[int],
+    found: Survey,
     plan: Plan,
     more: int | None,
     hasher: Hasher,
@@ -178,10 +183,10 @@ def _result(
             EstimateTarget(
                 pid=subject.pid,
                 name=subject.name,
-                pages_scanned=scanned[at],
+                pages_scanned=found.scanned[at],
                 pages_mergeable=int(mapped[at]),
                 zero_pages=int(zeros[at]),
-                pages_unshared=int(plan.unshared[at]),
+                pages_unshared=int(plan.unshared[at]) + found.alone[at],
                 runs=int(runs[at]),
                 vmas=2 * int(runs[at]),
                 skipped=dict(skipped),
@@ -199,7 +204,7 @@ def _result(
         pages_mergeable=pages,
         pages_shared=slots,
         pages_sharing=pages - slots,
-        pages_unshared=int(plan.unshared.sum()),
+        pages_unshared=int(plan.unshared.sum()) + sum(found.alone),
         pages_skipped=total.total(),
         zero_pages=int(zeros.sum()),
         runs=len(plan.runs),

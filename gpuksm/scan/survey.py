@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import KIND_UNREADABLE, KIND_ZERO, Hasher
 from gpuksm.scan.columns import PAGE_BYTES, U64, pages_of, windows_of
-from gpuksm.scan.nodes import Nodes, apart, no_nodes, parted
+from gpuksm.scan.equals import Repeats
+from gpuksm.scan.nodes import Nodes, apart, no_nodes, parted, taken
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.runs import Pages
 from gpuksm.scan.tracker import Tracker, user_key
@@ -123,17 +124,48 @@ def batches(found: Iterator[Window], pages: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def survey(
-    lookout: Lookout, hasher: Hasher, batch_pages: int, progress: Progress, expected: Callable[[], int]
-) -> tuple[Pages, list[int]]:
-    """(the planner's columns of all pages that were read, pages read of each of the lookout's trackers).
+class Survey(NamedTuple):
+    """What a survey found.
 
-    `expected` says how many pages there may be, for `progress`.
+    pages: the planner's columns of what was read; scanned: pages read of each tracker; alone: those of
+    them that are not in `pages`, for they have no equal.
     """
-    addresses: list[tuple[int, U64]] = []
-    digests: list[U64] = [np.empty(0, np.uint64)]
-    kinds: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)]
-    nodes: list[Nodes] = [no_nodes()]
+
+    pages: Pages
+    scanned: list[int]
+    alone: list[int]
+
+
+class _Part(NamedTuple):
+    """Pages of the target number `target` that could be read."""
+
+    target: int
+    address: U64
+    digest: U64
+    kind: NDArray[np.uint8]
+    node: Nodes
+
+    def take(self, mask: NDArray[np.bool_]) -> _Part:
+        if mask.all():
+            return self
+        return _Part(
+            self.target, self.address[mask], self.digest[mask], self.kind[mask], taken(self.node, mask)
+        )
+
+
+def survey(
+    lookout: Lookout,
+    hasher: Hasher,
+    batch_pages: int,
+    progress: Progress,
+    expected: Callable[[], int],
+    repeats: Repeats | None = None,
+) -> Survey:
+    """Read all windows of `lookout`.  `expected` says how many pages there may be, for `progress`.
+
+    With `repeats` what has no equal is left out.
+    """
+    parts: list[_Part] = []
     scanned: Counter[int] = Counter()
     done = 0
     for batch in batches(lookout.windows(), batch_pages):
@@ -147,37 +179,38 @@ def survey(
             source.close()
         at = 0
         for target, tracker, address in batch:
-            part = slice(at, at + len(address))
+            mine, kinds = digest[at : at + len(address)], kind[at : at + len(address)]
             at += len(address)
             scanned[target] += len(address)
-            digest[part] ^= user_key(tracker)
-            readable = kind[part] != KIND_UNREADABLE
+            mine ^= user_key(tracker)
+            readable = kinds != KIND_UNREADABLE
+            node = no_nodes()
             if tracker.by_node:
-                node = tracker.ask_nodes(address, kind[part])
-                digest[part] = apart(digest[part], node)
-                readable &= (node > 0) | (kind[part] == KIND_ZERO)
-                nodes.append(node[readable])
-            whole = bool(readable.all())
-            addresses.append((target, address if whole else address[readable]))
-            digests.append(digest[part] if whole else digest[part][readable])
-            kinds.append(kind[part] if whole else kind[part][readable])
+                node = tracker.ask_nodes(address, kinds)
+                mine = apart(mine, node)
+                readable &= (node > 0) | (kinds == KIND_ZERO)
+            parts.append(_Part(target, address, mine, kinds, node).take(readable))
+            if repeats is not None:
+                repeats.note(parts[-1].digest)
         done += source.pages
     progress.update("hash", done, done)
-    columns = np.concatenate(digests), np.concatenate(kinds), np.concatenate(nodes)
-    pages = _columns(lookout.trackers, addresses, *columns)
-    return pages, [scanned[number] for number in range(len(lookout.trackers))]
+    alone: Counter[int] = Counter()
+    if repeats is not None:
+        for number, part in enumerate(parts):
+            parts[number] = part.take(repeats.hold(part.digest) | (part.kind == KIND_ZERO))
+            alone[part.target] += len(part.address) - len(parts[number].address)
+    of_each = range(len(lookout.trackers))
+    pages = _columns(lookout.trackers, parts)
+    return Survey(pages, [scanned[number] for number in of_each], [alone[number] for number in of_each])
 
 
-def _columns(
-    trackers: Sequence[Tracker],
-    addresses: list[tuple[int, U64]],
-    digest: U64,
-    kind: NDArray[np.uint8],
-    node: Nodes,
-) -> Pages:
-    address = np.concatenate([np.empty(0, np.uint64), *(part for _, part in addresses)])
-    owners = np.array([number for number, _ in addresses], np.uint32)
-    target = np.repeat(owners, [len(part) for _, part in addresses])
+def _columns(trackers: Sequence[Tracker], parts: list[_Part]) -> Pages:
+    address = np.concatenate([np.empty(0, np.uint64), *(part.address for part in parts)])
+    digest = np.concatenate([np.empty(0, np.uint64), *(part.digest for part in parts)])
+    kind = np.concatenate([np.empty(0, np.uint8), *(part.kind for part in parts)])
+    node = np.concatenate([no_nodes(), *(part.node for part in parts)])
+    owners = np.array([part.target for part in parts], np.uint32)
+    target = np.repeat(owners, [len(part.address) for part in parts])
     joins = np.zeros(len(address), np.bool_)
     np.equal(address[1:], address[:-1] + np.uint64(PAGE_BYTES), out=joins[1:])
     ends = np.searchsorted(target, np.arange(len(trackers) + 1))

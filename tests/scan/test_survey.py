@@ -16,6 +16,7 @@ from gpuksm.hashing.cpu import CpuHasher
 from gpuksm.hashing.protocol import KIND_UNREADABLE
 from gpuksm.linux import mappings, pagemap, vm
 from gpuksm.scan.columns import PAGE_BYTES
+from gpuksm.scan.equals import Repeats
 from gpuksm.scan.page_map import PageMap
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.survey import Lookout, Window, batches, survey
@@ -63,13 +64,32 @@ def test_a_survey_finds_what_looking_and_hashing_one_after_the_other_do(area, ha
     other.learn(np.arange(len(digests)), digests, kinds)
     expected = gather([other, other])
     with Lookout(trackers, batch) as lookout:
-        pages, scanned = survey(lookout, hasher, batch, NoProgress(), lambda: 100)
+        pages, scanned, alone = survey(lookout, hasher, batch, NoProgress(), lambda: 100)
     for name in ("target", "address", "digest", "kind", "joins", "watched"):
         assert getattr(pages, name).tolist() == getattr(expected, name).tolist(), name
         assert getattr(pages, name).dtype == getattr(expected, name).dtype
     assert scanned == [len(digests)] * 2 == [40] * 2
+    assert alone == [0, 0]
     for tracker in (*trackers, other):
         tracker.close()
+
+
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_what_has_no_equal_is_left_out_where_that_is_wanted(area, hasher, batch):
+    start, view = area
+    for page in (10, 11, 29):
+        view[page] = 11
+    view[40] = 0
+    tracker = Tracker(os.getpid(), regions(start), passive=True)
+    with Lookout([tracker], batch) as lookout:
+        pages, scanned, alone = survey(
+            lookout, hasher, batch, NoProgress(), lambda: 100, Repeats(4096, np.empty(0, np.uint64))
+        )
+    assert (pages.address - np.uint64(start)).tolist() == [page * PAGE_BYTES for page in (10, 11, 29, 40)]
+    assert pages.joins.tolist() == [False, True, False, False]
+    assert len(set(pages.digest[:3].tolist())) == 1
+    assert (scanned, alone) == ([40], [36])
+    tracker.close()
 
 
 def test_batches_are_full_or_half_full_and_do_not_wait_for_more():
@@ -110,7 +130,7 @@ def vanished(trackers, gone):
 
 def test_what_vanishes_before_it_is_read_is_left_out(area):
     start, _ = area
-    pages, scanned = vanished([Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)], 1)
+    pages, scanned, _ = vanished([Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)], 1)
     present = [page for page in range(PAGES) if page % 3]
     assert scanned == [len(present)]
     left = [(int(address) - start) // PAGE_BYTES for address in pages.address]
@@ -123,7 +143,7 @@ def test_pages_of_two_targets_never_join(area):
     start, _ = area
     cut = start + 4 * PAGE_BYTES
     parts = [(start, cut + PAGE_BYTES), (cut, start + 9 * PAGE_BYTES)]
-    pages, _ = vanished([Tracker(os.getpid(), [part], passive=True) for part in parts], 3)
+    pages, _, _ = vanished([Tracker(os.getpid(), [part], passive=True) for part in parts], 3)
     assert [(int(address) - start) // PAGE_BYTES for address in pages.address] == [1, 2, 4, 5, 7, 8]
     assert pages.joins.tolist() == [False, True, False, False, False, True]
 
