@@ -44,6 +44,9 @@ from gpuksm.guard.tether import Tether
 from gpuksm.guard.urgency import urgent
 from gpuksm.linux import census, probe, procfs, uffd
 
+# Between two looks at which processes have ended all but the agent, which keeps them from being gone.
+_SWEEP_SECONDS = 0.1
+
 
 class Guard:
     """Targets, store and ledger of one security domain."""
@@ -69,6 +72,7 @@ class Guard:
         self.reclaimer = reclaim.Reclaimer(store)
         self._remerged = 0  # pages that were mapped over merged ones
         self._serving = False
+        self._swept = 0.0
 
     # -- targets -----------------------------------------------------------------
 
@@ -396,12 +400,16 @@ class Guard:
     def tick(self) -> None:
         """Things that are due now and then: parked targets, stragglers, orphans, empty slots."""
         release_stragglers()
+        # Reading of hundreds of processes whether they live takes longer than most requests.
+        due = time.monotonic() > self._swept + _SWEEP_SECONDS
         for target in list(self.targets.values()):
             if target.parked is not None and target.link.agent.settled():
                 target.parked.thaw()
                 target.parked = None
-            elif _only_agent_left(target):
+            elif due and _only_agent_left(target):
                 self.drop(target)  # the agent ends and with it the process (hazard 22)
+        if due:
+            self._swept = time.monotonic()
         adoption.adopt_orphans(self)
         self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()))
 

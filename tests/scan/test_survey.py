@@ -130,7 +130,9 @@ def vanished(trackers, gone):
 
 def test_what_vanishes_before_it_is_read_is_left_out(area):
     start, _ = area
-    pages, scanned, _ = vanished([Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)], 1)
+    pages, scanned, _ = vanished(
+        [Tracker(os.getpid(), [(start, start + PAGES * PAGE_BYTES)], passive=True)], 1
+    )
     present = [page for page in range(PAGES) if page % 3]
     assert scanned == [len(present)]
     left = [(int(address) - start) // PAGE_BYTES for address in pages.address]
