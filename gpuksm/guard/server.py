@@ -34,6 +34,7 @@ _IDLE_SECONDS = 3.0
 _MOST_CALM_US = 1_000_000  # a commit may wait so long for memory to be calm, and others for the commit
 _TICK_MS = 500
 _BUSY_TICK_MS = 10
+_LOOK_SECONDS = 0.001  # between two looks at all that is not a client
 _HOUSEKEEPING_SECONDS = 0.02  # may wait so long while threads stop and go on
 _COLLECT_SECONDS = 300
 _MAX_CLIENTS = 64
@@ -102,6 +103,7 @@ class Server:
         self.stopping = False
         self._told_to_end = False
         self._idle_since = self._collected = time.monotonic()
+        self._looked = 0.0
         # A socket pair, no pipe: the guard holds no end of anybody's pipe, and can be seen not to.
         self._wake, self._wake_write = socket.socketpair()
         self._wake.setblocking(False)
@@ -130,22 +132,44 @@ class Server:
     def run(self) -> None:
         """Serve until idle or told to stop."""
         while not self._finished():
+            if asking := self._await_clients():
+                self._serve_clients(asking)
+                continue
             ready = self._await_more_than_stops()
             self.guard.breathe()
-            for fd in ready:
-                if fd == self.listener.fileno():
-                    self._accept()
-                elif fd in self.clients:
-                    self._serve_client(self.clients[fd])
+            self._serve_clients(ready)
             self._drop_ended(ready)
             self.guard.tick()
             snapshot.renew(self.guard)
             self._collect_garbage()
             self._tend_keeper(ready)
+            self._looked = time.monotonic()
             if self._told_to_end:
                 self._end()
         for target in list(self.guard.targets.values()):
             self.guard.drop(target)  # or its agent would wait for our successor
+
+    def _await_clients(self) -> set[int]:
+        """Clients with a request, for as long as all else need not be looked at again.
+
+        One that is answered mostly has another at once, and looking at hundreds of targets takes longer
+        than many an answer.
+        """
+        left = self._looked + _LOOK_SECONDS - time.monotonic()
+        if left <= 0 or not self.clients:
+            return set()
+        poll = select.poll()
+        for fd in (self._wake.fileno(), *self.clients):
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(left * 1000)}
+        return set() if self._wake.fileno() in ready else ready
+
+    def _serve_clients(self, ready: set[int]) -> None:
+        for fd in ready:
+            if fd == self.listener.fileno():
+                self._accept()
+            elif fd in self.clients:
+                self._serve_client(self.clients[fd])
 
     def _await_more_than_stops(self) -> set[int]:
         """Descriptors that are ready, once there is more to do than to let tethered threads go on.

@@ -94,7 +94,7 @@ class Tether:
         self.restless = True
         while self.restless:
             known = self._new
-            for target in list(self._guard.targets.values()):
+            for target in [each for each in self._guard.targets.values() if each.tethered]:
                 if target.parked is not None:
                     continue
                 for tid in list(target.tethered):
