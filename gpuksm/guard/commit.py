@@ -188,11 +188,12 @@ class Committer:
     def paused(self, target: Target, weight: float) -> Iterator[None]:
         """A freeze of `target` for work of `weight` guessed microseconds, whose pause is noted."""
         started = time.monotonic_ns()
-        with self.frozen(target):
+        with self.frozen(target) as freeze:
             stopped = time.monotonic_ns()
             yield
             worked = time.monotonic_ns()
-        pause_us = (time.monotonic_ns() - started) // 1000
+        # Not by now: as soon as we come first no more, others may have had the processor for milliseconds.
+        pause_us = (freeze.thawed_ns - started) // 1000
         self.pace.learn_work(weight, (worked - stopped) / 1000)
         self.pace.learn_stop(pause_us - (worked - stopped) / 1000)
         self.outcome.pauses_us.append(pause_us)

@@ -49,6 +49,7 @@ class Freeze:
         self.stops: dict[int, ptrace.Stop] = {}
         self.waiting: set[int] = set()
         self._gone: set[int] = set()
+        self.thawed_ns = 0  # when (time.monotonic_ns) everything was let go
 
     @property
     def holds(self) -> bool:
@@ -141,6 +142,7 @@ class Freeze:
         self.stops.clear()
         _stragglers.update(dict.fromkeys(self.waiting, self.tethered))
         self.waiting.clear()
+        self.thawed_ns = time.monotonic_ns()
 
 
 # Threads that were asked to stop and had not by the deadline, with the tether they belong to.

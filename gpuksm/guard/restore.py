@@ -207,7 +207,7 @@ def restore_all(
     while target.runs.pages:
         started = time.monotonic_ns()
         done = 0
-        with frozen(target):
+        with frozen(target) as freeze:
             stopped = time.monotonic_ns()
             end = stopped + pace.work_us(max_pause_us) * 1000
             while target.runs.pages:
@@ -231,7 +231,7 @@ def restore_all(
             if not target.runs.pages and target.placeholders:
                 remove_placeholders(target)
             worked = time.monotonic_ns()
-        pause_us = (time.monotonic_ns() - started) // 1000
+        pause_us = (freeze.thawed_ns - started) // 1000
         pace.learn_stop(pause_us - (worked - stopped) / 1000)
         yield done, pause_us
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from gpuksm.guard import restore, unmerging
+from gpuksm.guard.commit import Committer
+from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.linux import mappings
 from gpuksm.linux._libc import PAGE_SIZE
@@ -30,8 +32,9 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
 
     @contextlib.contextmanager
     def frozen(target: Any) -> Iterator[Any]:
-        began = time.monotonic()
-        yield None
+        began, freeze = time.monotonic(), SimpleNamespace()
+        yield freeze
+        freeze.thawed_ns = time.monotonic_ns()
         stood[target.id].append((began, time.monotonic()))
 
     monkeypatch.setattr(restore, "restore_piece", piece)
@@ -88,12 +91,36 @@ def test_what_becomes_of_one_is_nothing_to_the_others(
         target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
     guard: Any = SimpleNamespace(
         journal=None,
-        frozen=lambda _: contextlib.nullcontext(),
+        frozen=lambda _: contextlib.nullcontext(SimpleNamespace(thawed_ns=time.monotonic_ns())),
         breathe=lambda: None,
         drop=lambda target: dropped.append(target.id),
     )
     assert unmerging._unmerge_each(guard, targets, 5000)[::2] == (40, failed)
     assert sorted({1, 2} - set(dropped)) == left
+
+
+def test_a_pause_is_over_when_the_target_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if we have to wait for a processor then, having come first until now."""
+
+    @contextlib.contextmanager
+    def frozen(_: Any) -> Iterator[Any]:
+        freeze = SimpleNamespace()
+        yield freeze
+        freeze.thawed_ns = time.monotonic_ns()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(restore, "restore_piece", lambda target, _, low, high: target.runs.remove(low, high))
+    target: Any = SimpleNamespace(id=1, pid=1, runs=Runs(), placeholders=set())
+    target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
+    journal: Any = None
+    ((pages, pause_us),) = restore.restore_all(target, journal, frozen, 5000)
+    assert pages == 40
+    assert pause_us < 40_000
+    committer: Any = SimpleNamespace(frozen=frozen, pace=Pace(), outcome=SimpleNamespace(pauses_us=[]))
+    target = SimpleNamespace(pauses_us=[])
+    with Committer.paused(committer, target, 100.0):
+        pass
+    assert committer.outcome.pauses_us[0] == target.pauses_us[0] < 40_000
 
 
 def test_what_lies_behind_a_hole_is_still_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
