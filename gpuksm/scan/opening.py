@@ -11,8 +11,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -20,11 +22,11 @@ from gpuksm.errors import TargetGone
 from gpuksm.scan import measure
 from gpuksm.scan.batches import digest
 from gpuksm.scan.engine import MOST_GUARD_SECONDS, Engine, Target, error_of
-from gpuksm.scan.slices import SLICE_PAGES
+from gpuksm.scan.tracker import Tracker
 from gpuksm.scan.types import TargetRequest
 
-# Read at a time, so that the next target need not wait; fewer of each target are not worth it.
-_PIECE_PAGES, _LEAST_PAGES = 1 << 13, 1 << 10
+# Read at a time, so that the next target need not wait; targets of fewer pages are better read together.
+_PIECE_PAGES, _LEAST_PAGES = 1 << 13, 1 << 12
 
 
 class Opening(NamedTuple):
@@ -47,7 +49,7 @@ def open_targets(engine: Engine, wanted: Sequence[TargetRequest]) -> Opening:
         engine.attach([])  # it takes the scan lock all the same
     measuring = ThreadPoolExecutor(1)
     try:
-        with _Ahead(engine, SLICE_PAGES // max(1, len(wanted))) as ahead:
+        with _Ahead(engine) as ahead:
             found = [measuring.submit(measure.held, request.pid) for request in wanted]
             for number, (request, held) in enumerate(zip(wanted, found, strict=True)):
                 if (holds := held.result()) is not None:
@@ -67,12 +69,16 @@ def open_targets(engine: Engine, wanted: Sequence[TargetRequest]) -> Opening:
 
 
 class _Ahead:
-    """A thread that looks up targets as they are put, and reads up to `pages` of each while none waits."""
+    """A thread that looks targets up as they are put, and reads from the front of all while none waits.
 
-    def __init__(self, engine: Engine, pages: int) -> None:
+    What it reads is not known to be calm for long: see `slices.merge_everything`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
         self.scanned: dict[int, int] = {}
-        self._engine, self._pages = engine, pages
+        self._engine = engine
         self._todo: queue.SimpleQueue[Target | None] = queue.SimpleQueue()
+        self._unread: deque[tuple[Tracker, int]] = deque()  # and the first page that was not read
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._labour, name="gpuksm-ahead", daemon=True)
 
@@ -87,30 +93,43 @@ class _Ahead:
             raise self._error
 
     def _labour(self) -> None:
-        while (target := self._todo.get()) is not None:
+        while True:
+            try:
+                target = self._todo.get(block=not self._unread)
+            except queue.Empty:
+                self._attempt(self._read_a_piece)
+                continue
+            if target is None:
+                return
             if self._error is None:
-                try:
-                    self._look_and_read(target)
-                except BaseException as error:
-                    self._error = error
+                self._attempt(partial(self._look, target))
 
-    def _look_and_read(self, target: Target) -> None:
-        tracker, engine = target.followed(), self._engine
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+            self._unread.clear()
+
+    def _look(self, target: Target) -> None:
+        tracker = target.followed()
         try:
             tracker.look()
         except TargetGone:
             return target.leave()
-        wanted = tracker.wanted(0, self._pages)
-        if len(wanted) < _LEAST_PAGES:
-            return None
-        for at in range(0, len(wanted), _PIECE_PAGES):
-            if not self._todo.empty():
-                return None
-            piece = wanted[at : at + _PIECE_PAGES]
-            batch = engine.options.batch_pages
-            for pid, pages in digest([(tracker, piece)], engine.hasher, batch, lambda *_: None).items():
-                self.scanned[pid] = self.scanned.get(pid, 0) + pages
+        if len(tracker.columns) >= _LEAST_PAGES:
+            self._unread.append((tracker, 0))
         return None
+
+    def _read_a_piece(self) -> None:
+        """Some pages of the target of which least was read."""
+        tracker, first = self._unread.popleft()
+        end = first + _PIECE_PAGES
+        piece, engine = [(tracker, tracker.wanted(first, end))], self._engine
+        for pid, pages in digest(piece, engine.hasher, engine.options.batch_pages, lambda *_: None).items():
+            self.scanned[pid] = self.scanned.get(pid, 0) + pages
+        if end < len(tracker.columns):
+            self._unread.append((tracker, end))
 
     def _end(self) -> None:
         self._todo.put(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ class _Engine:
         self.hasher = SimpleNamespace(leave=self.left.append)
         self.slow, self.refused, self.look = slow, False, self._look
         self.armed: list[float] = []
+        self.read: Counter[int] = Counter()
 
     def _look(self, pid: int) -> None:
         self.did.append(("look", pid))
@@ -41,6 +43,7 @@ class _Engine:
                 pid=request.pid,
                 look=lambda pid=request.pid: self.look(pid),
                 wanted=lambda first, end: np.arange(first, min(end, PAGES)),
+                columns=range(PAGES),
             )
             target = SimpleNamespace(
                 pid=request.pid,
@@ -66,6 +69,8 @@ def _open(monkeypatch: pytest.MonkeyPatch, engine: Any, pids: list[int]) -> open
     def digest(wanted: Any, *_: Any) -> dict[int, int]:
         ((tracker, index),) = wanted
         engine.did.append(("read", tracker.pid))
+        assert (index >= engine.read[tracker.pid]).all(), "read twice"
+        engine.read[tracker.pid] += len(index)
         time.sleep(0.001)
         return {tracker.pid: len(index)}
 
@@ -84,6 +89,7 @@ def test_each_is_measured_before_it_is_attached_to_and_looked_up_once_it_is_arme
     assert [of for what, of in engine.did if what == "attach"] == [1, 2, 3]
     assert engine.did.index(("look", 1)) < engine.did.index(("arm", 2)), "one after the other"
     assert engine.did.index(("read", 1)) < engine.did.index(("arm", 2)), "nothing was read meanwhile"
+    assert found.scanned == engine.read
     assert found.scanned[1] == PAGES
     assert engine.left == [1, 0]
 
@@ -115,6 +121,29 @@ def test_one_that_has_gone_is_left_and_any_other_failure_ends_it(monkeypatch: An
     with pytest.raises(ZeroDivisionError):
         _open(monkeypatch, engine, [1, 2])
     assert all(thread.name != "gpuksm-ahead" for thread in threading.enumerate())
+
+
+def test_what_is_read_ahead_is_read_of_all_targets_alike(monkeypatch: Any) -> None:
+    engine = _Engine()
+    second, read = threading.Event(), threading.Event()
+
+    def arm(target: Any) -> Any:
+        if target.pid == 2:
+            second.set()
+        if target.pid == 4:
+            read.wait(10)
+        return np.empty((0, 2), np.uint64)
+
+    def look(pid: int) -> None:
+        if pid == 1:
+            second.wait(10)
+            time.sleep(0.1)  # until it waits to be looked up
+
+    engine.arm, engine.look = arm, look  # type: ignore[method-assign]
+    threading.Timer(1.0, read.set).start()
+    found = _open(monkeypatch, engine, [1, 2, 4])
+    assert found.scanned[1] == found.scanned[2] == PAGES
+    assert [of for what, of in engine.did if what == "read" and of != 4] == [1, 2] * 3
 
 
 def test_where_all_are_refused_the_first_reason_is_raised(monkeypatch: Any) -> None:
