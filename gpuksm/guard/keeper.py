@@ -94,13 +94,19 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
 
 
 def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience) -> tuple[int, socket.socket]:
-    """The same, also where the kernel starts no process now (EAGAIN, ENOMEM): we must not end for it."""
+    """The same, also where the kernel starts no process now (EAGAIN, ENOMEM): we must not end for it.
+
+    It is tried for ever; what stands in the way is told when it is something else than before.
+    """
+    told = ""
     while True:
         patience.started()
         try:
             return _start_guard(folder, kept)
         except OSError as error:
-            os.write(2, f"gpuksm keeper: cannot start a guard: {error}\n".encode())
+            if str(error) != told:
+                told = str(error)
+                os.write(2, f"gpuksm keeper: cannot start a guard: {told}; trying again\n".encode())
             time.sleep(patience.died())
 
 
