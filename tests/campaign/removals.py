@@ -243,6 +243,12 @@ REMOVALS = (
         "tests/guard/test_agent.py",
     ),
     Removal(
+        "nothing is merged before it was calm for as long as was said",
+        "gpuksm/guard/plan.py",
+        (("breathe, due=due)", "breathe)"),),
+        "tests/safety/test_wrong_plans.py",
+    ),
+    Removal(
         "what a failed adoption had made is undone",
         "gpuksm/guard/adoption.py",
         (("            _undo(guard, orphan)\n", ""),),
