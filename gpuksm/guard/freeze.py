@@ -200,8 +200,8 @@ class ProcessCensus:
             candidates = list(range(last + 1, newest + 1))
         else:
             candidates = procfs.pids()
-        for other in candidates:
-            if other != pid and pidfd.same_memory(pid, other) and census.process_of_thread(other) != pid:
+        for other in pidfd.sharing_memory(pid, candidates):
+            if other != pid and census.process_of_thread(other) != pid:
                 return other
         self._last_seen[pid] = newest
         return None
