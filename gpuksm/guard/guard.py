@@ -302,13 +302,16 @@ class Guard:
         finally:
             freeze.thaw()
 
-    def breathe(self) -> None:
-        """Serve what cannot wait, between two steps of something long."""
+    def breathe(self, *, at_once: bool = False) -> None:
+        """Serve what cannot wait, between two steps of something long.
+
+        Events are asked for now and then only, unless `at_once`.
+        """
         if self._serving:
             return
         self._serving = True
         try:
-            if time.monotonic() > self._asked + _ASK_SECONDS:
+            if at_once or time.monotonic() > self._asked + _ASK_SECONDS:
                 self._serve_waiting()
                 self._asked = time.monotonic()
             self.tether.serve()

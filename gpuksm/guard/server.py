@@ -103,7 +103,7 @@ class Server:
         self.stopping = False
         self._told_to_end = False
         self._idle_since = self._collected = time.monotonic()
-        self._looked = 0.0
+        self._looked, self._answered = 0.0, False
         # A socket pair, no pipe: the guard holds no end of anybody's pipe, and can be seen not to.
         self._wake, self._wake_write = socket.socketpair()
         self._wake.setblocking(False)
@@ -136,7 +136,7 @@ class Server:
                 self._serve_clients(asking)
                 continue
             ready = self._await_more_than_stops()
-            self.guard.breathe()
+            self.guard.breathe(at_once=True)
             self._serve_clients(ready)
             self._drop_ended(ready)
             self.guard.tick()
@@ -150,13 +150,14 @@ class Server:
             self.guard.drop(target)  # or its agent would wait for our successor
 
     def _await_clients(self) -> set[int]:
-        """Clients with a request, for as long as all else need not be looked at again.
+        """Clients with a request, right after one was answered, as long as all else need not be looked at.
 
-        One that is answered mostly has another at once, and looking at hundreds of targets takes longer
-        than many an answer.
+        It mostly has another at once, and looking at hundreds of targets takes longer than many an answer.
+        Where nobody asks, events are waited for without delay.
         """
         left = self._looked + _LOOK_SECONDS - time.monotonic()
-        if left <= 0 or not self.clients:
+        answered, self._answered = self._answered, False
+        if left <= 0 or not answered:
             return set()
         poll = select.poll()
         for fd in (self._wake.fileno(), *self.clients):
@@ -170,6 +171,7 @@ class Server:
                 self._accept()
             elif fd in self.clients:
                 self._serve_client(self.clients[fd])
+                self._answered = True
 
     def _await_more_than_stops(self) -> set[int]:
         """Descriptors that are ready, once there is more to do than to let tethered threads go on.
