@@ -30,10 +30,7 @@ _PIECE_PAGES, _LEAST_PAGES = 1 << 13, 1 << 12
 
 
 class Opening(NamedTuple):
-    """What processes held before (of those that run), pages read so far of each, when memory has settled.
-
-    Of targets that were armed last the guard makes sure that it has.
-    """
+    """What processes held before (of those that run), pages read so far of each, when memory has settled."""
 
     before: dict[int, measure.Held]
     scanned: dict[int, int]
@@ -56,10 +53,11 @@ def open_targets(engine: Engine, wanted: Sequence[TargetRequest]) -> Opening:
                     before[request.pid] = holds
                 for target in engine.attach([request]):
                     if target.tracker is not None and engine.arm(target) is not None:
-                        settled = settled or time.monotonic() + settle
+                        # Of those that are armed later the guard makes sure, if that does not take long.
+                        if not settled or settle > MOST_GUARD_SECONDS:
+                            settled = time.monotonic() + settle
                         ahead.put(target)
                 engine.progress.update("attach", number + 1, len(wanted))
-            settled = max(settled, time.monotonic() + settle - MOST_GUARD_SECONDS)
             ahead.finish()
     finally:
         measuring.shutdown(cancel_futures=True)

@@ -103,8 +103,8 @@ class _Scan:
 
     def _further_pass(self, number: int) -> bool:
         """Look only at what was written before the last arming; False when that is not worth it."""
-        armed = time.monotonic()
         written = self._arm()
+        armed = time.monotonic()
         again = any(self.engine.skipped.get(reason) for reason in _TRY_AGAIN)
         if not again and all(count_pages(*pair.T) < _FEW_PAGES for pair in written.values()):
             return False
