@@ -99,6 +99,16 @@ def run_json(command: list[str], environment: Mapping[str, str]) -> Ended:
         return Ended(wall, usage.ru_utime + usage.ru_stime, peak, json.load(output))
 
 
+def _children_cpu(guard: int) -> float:
+    """CPU seconds of the comparers that a guard had, which end with the scan."""
+    deadline = time.monotonic() + 2
+    children = Path(f"/proc/{guard}/task/{guard}/children")
+    while children.read_text() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    ticks = Path(f"/proc/{guard}/stat").read_bytes().rpartition(b")")[2].split()[13:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 class Kernel:
     """One trial's worth of kernel KSM."""
 
@@ -174,7 +184,7 @@ class Gpuksm:
         self._find_guard()
         parts = {
             "cpu_scanner": scanner,
-            "cpu_guard": cpu_seconds(self._guard),
+            "cpu_guard": cpu_seconds(self._guard) + _children_cpu(self._guard),
             "cpu_keeper": cpu_seconds(self._keeper),
             "cpu_targets": self._targets_cpu() - targets if self._targets_idle else 0.0,
         }

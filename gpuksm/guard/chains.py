@@ -106,31 +106,35 @@ def resolved(slots: array[int], starts: list[int]) -> array[int]:
     )
 
 
-def verify(
-    store: Store,
-    tid: int,
-    user: int,
-    chain: Chain,
-    breathe: Callable[[], None],
-    skip: Callable[[str, int], None],
-) -> list[Chain]:
-    """The parts of `chain` whose every byte equals their slots; those of another `user` are not looked at.
+def allowed(
+    store: Store, user: int, chain: Chain, skip: Callable[[str, int], None]
+) -> tuple[array[int], array[int]]:
+    """Pages of `chain`, counted from its first, that processes of `user` may map, and their slots, ascending.
 
-    `tid` is the thread through which the target is read.  `skip` is told why pages are left out, and how
-    many.  Raises ProcessLookupError when the target is gone.
+    `skip` is told why others are left out, and how many.
     """
     by_slot = sorted(range(len(chain.slots)), key=chain.slots.__getitem__)
     slots = array("Q", [chain.slots[page] for page in by_slot])
-    same = bytearray(len(slots))
-    allowed = 0
+    numbers, kept = array("I"), array("Q")
     for first, end in _allowed(store, user, slots, skip):
-        allowed += end - first
-        for low in range(first, end, CHUNK_PAGES):
-            high = min(end, low + CHUNK_PAGES)
-            _compare(store, tid, chain.addr, by_slot[low:high], slots[low:high], same)
-            breathe()
-    skip("differs", allowed - same.count(1))
-    return list(chain.parts(same))
+        numbers.extend(by_slot[first:end])
+        kept.extend(slots[first:end])
+    return numbers, kept
+
+
+def compare(
+    store: Store, tid: int, addr: int, numbers: array[int], slots: array[int], breathe: Callable[[], None]
+) -> bytearray:
+    """For each of the pages `numbers`, counted from `addr`, 1 where it equals its slot; slots ascend.
+
+    `tid` is the thread through which the target is read.  Raises ProcessLookupError when it is gone.
+    """
+    same = bytearray()
+    for low in range(0, len(numbers), CHUNK_PAGES):
+        high = min(len(numbers), low + CHUNK_PAGES)
+        same += _compare(store, tid, addr, numbers[low:high], slots[low:high])
+        breathe()
+    return same
 
 
 def _allowed(
@@ -152,21 +156,22 @@ def _allowed(
         at = end
 
 
-def _compare(store: Store, tid: int, addr: int, pages: list[int], slots: array[int], same: bytearray) -> None:
-    """Note in `same` which of `pages`, counted from `addr`, equal `slots`, ascending; at most a chunk."""
+def _compare(store: Store, tid: int, addr: int, numbers: array[int], slots: array[int]) -> bytearray:
+    """`compare` for a chunk at most."""
     _read_slots(store, slots)
+    same = bytearray(len(numbers))
     done = 0
-    while done < len(pages):
-        wanted = [addr + page * PAGE_SIZE for page in pages[done:]]
+    while done < len(numbers):
+        wanted = [addr + page * PAGE_SIZE for page in numbers[done:]]
         got = bytes_read(lambda wanted=wanted: vm.read_pages(tid, THEIRS.address, wanted)) // PAGE_SIZE  # type: ignore[misc]
         theirs, other = THEIRS.address, SLOTS.address + done * PAGE_SIZE
         if equal(theirs, other, got * PAGE_SIZE):
-            for page in pages[done : done + got]:
-                same[page] = 1
+            same[done : done + got] = b"\1" * got
         else:
             for at in range(got):
-                same[pages[done + at]] = equal(theirs + at * PAGE_SIZE, other + at * PAGE_SIZE, PAGE_SIZE)
+                same[done + at] = equal(theirs + at * PAGE_SIZE, other + at * PAGE_SIZE, PAGE_SIZE)
         done += got + 1  # what cannot be read is passed over
+    return same
 
 
 def _read_slots(store: Store, slots: array[int]) -> None:

@@ -32,6 +32,7 @@ from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.attach import attach
 from gpuksm.guard.attic import Attic
 from gpuksm.guard.commit import vma_budget
+from gpuksm.guard.comparers import Comparers
 from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_stragglers
 from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.leftovers import unmap_leftovers
@@ -70,6 +71,7 @@ class Guard:
         self.orphans: list[children.Orphan] = []
         self.privileged = probe.has_fork_events()
         self.tether = Tether(self)
+        self.comparers = Comparers(store)
         self._next_target = 1
         self.reclaimer = reclaim.Reclaimer(store)
         self._remerged = 0  # pages that were mapped over merged ones
@@ -398,6 +400,7 @@ class Guard:
                 }
                 for target in self.targets.values()
             ],
+            "comparers": self.comparers.pids,
             "store_slots": self.store.slots(),
             "store_bytes": self.store.used_bytes(),
             "registered": self.registry.listed(),

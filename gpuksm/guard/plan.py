@@ -1,7 +1,8 @@
 """Carrying out a commit plan: fill the new extents, verify every record, commit target by target.
 
 A plan may be of any size; it is carried out in portions of some 64 MiB of new slots,
-so that the store never gets far ahead of the memory that is freed.
+so that the store never gets far ahead of the memory that is freed.  Where comparers help, portions are
+smaller, and one is filled, and comparing it begun, before what was begun before it is mapped.
 
 The plan comes from the scanner, which is not trusted: every number in it is
 checked (request.py), and every page is compared before it is mapped.
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, TypeVar
 
 from gpuksm import eligibility, wire
 from gpuksm.errors import NotPermitted, TargetGone
-from gpuksm.guard import chain_commit, chains, faults, headroom, journal, request, verify
+from gpuksm.guard import chain_commit, comparing, faults, headroom, journal, request, verify
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.chains import Chain
 from gpuksm.guard.commit import Budget, Committer, Outcome
@@ -32,25 +34,23 @@ from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
 
 _WINDOW_PAGES = 1 << 14
+_WINDOW_BESIDE = 1 << 13  # where others compare meanwhile: what they compare is mapped, and the next filled
 _CHAIN_PAGES = 1 << 13
 
 _Item = TypeVar("_Item", bound=Piece | Chain)
+_Equal = TypeVar("_Equal")
 _Steps: TypeAlias = Callable[[Committer, Target, list[_Item]], Iterator[float]]
 
 
-class Host(Protocol):
+class Host(comparing.Host, Protocol):
     """What a commit needs of the guard."""
 
-    store: Store
     journal: journal.Journal
     pace: Pace
-    targets: dict[int, Target]
     pauses_us: list[int]
 
     @property
     def frozen(self) -> FrozenContext: ...
-    def breathe(self) -> None: ...
-    def drop(self, target: Target) -> None: ...
 
 
 @dataclass
@@ -68,17 +68,18 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     starts, unplaced = _allocate(host, new, plan)
     planned, wanted = request.resolve(plan, starts, column)
     _remember(host, planned, column)
-    cut = _cut_to_windows(planned)
+    window = _WINDOW_BESIDE if len(host.comparers) else _WINDOW_PAGES
+    cut = _cut_to_windows(planned, window)
     commits = _Commits(host, max_pause_us, _going_on(cut, wanted))
     outcome = commits.outcome
     try:
-        for portion in _portions(cut):
-            pieces: dict[int, list[Piece]] = {}
-            _fill(host, portion, pieces, unplaced, outcome)
-            _verify(host, portion, pieces, outcome)
+        for pieces in _finished(
+            host, (_begin(host, some, unplaced, outcome) for some in _portions(cut, window))
+        ):
             commits.of(pieces, Committer.steps)
-        for some in _chain_portions(wanted):
-            equal = {number: _equal_chains(host, number, some[number], outcome) for number in some}
+        for equal in _finished(
+            host, (comparing.begin_chains(host, some, outcome) for some in _chain_portions(wanted))
+        ):
             commits.of(equal, chain_commit.steps)
     finally:  # what has been mapped ends well, whatever has come between
         _settle(host, commits.spans)
@@ -129,19 +130,39 @@ def _remember(host: Host, planned: list[Planned], digests: bytes) -> None:
         host.journal.append(journal.DIGESTS, 0, start, len(whole) // 8, column=bytes(whole))
 
 
-def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
-    """Records of new extents cut at multiples of the window within their extent."""
+def _begin(
+    host: Host, portion: list[Planned], unplaced: set[int], outcome: Outcome
+) -> Callable[[], dict[int, list[Piece]]]:
+    """Fill what `portion` fills and begin to compare the rest; what is called for all that is equal."""
+    filled: dict[int, list[Piece]] = {}
+    _fill(host, portion, filled, unplaced, outcome)
+    return comparing.begin_pieces(host, portion, filled, outcome)
+
+
+def _finished(host: Host, begun: Iterator[Callable[[], _Equal]]) -> Iterator[_Equal]:
+    """What is `begun`, finished: at once, or, where others compare, when the next has begun as well."""
+    waiting: deque[Callable[[], _Equal]] = deque()
+    for finish in begun:
+        waiting.append(finish)
+        if len(waiting) > 1 or not len(host.comparers):
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def _cut_to_windows(planned: list[Planned], window: int) -> list[Planned]:
+    """Records of new extents cut at multiples of `window` pages within their extent."""
     parts: list[Planned] = []
     for item in planned:
         if item.extent is None or item.op == wire.OP_FILL_REPLICA:
             parts.append(item)
             continue
-        if (item.slot - item.extent) % _WINDOW_PAGES + item.pages <= _WINDOW_PAGES:
+        if (item.slot - item.extent) % window + item.pages <= window:
             parts.append(item)
             continue
         at = 0
         while at < item.pages:
-            in_window = _WINDOW_PAGES - (item.slot + at - item.extent) % _WINDOW_PAGES
+            in_window = window - (item.slot + at - item.extent) % window
             pages = min(in_window, item.pages - at)
             parts.append(
                 item._replace(
@@ -155,16 +176,16 @@ def _cut_to_windows(planned: list[Planned]) -> list[Planned]:
     return parts
 
 
-def _portions(parts: list[Planned]) -> Iterator[list[Planned]]:
+def _portions(parts: list[Planned], window: int) -> Iterator[list[Planned]]:
     """Groups of parts to be carried out one after the other; what is filled comes before what maps it."""
-    ordered = sorted(parts, key=lambda part: (_window(part), part.op not in FILLS))
+    ordered = sorted(parts, key=lambda part: (_window(part, window), part.op not in FILLS))
     portion: list[Planned] = []
     filled = 0
     for index, part in enumerate(ordered):
         portion.append(part)
         filled += part.pages if part.op in FILLS else 0
         last = index + 1 == len(ordered)
-        if last or (filled >= _WINDOW_PAGES and _window(ordered[index + 1]) != _window(part)):
+        if last or (filled >= window and _window(ordered[index + 1], window) != _window(part, window)):
             yield portion
             portion, filled = [], 0
 
@@ -198,29 +219,10 @@ def _chain_portions(wanted: list[tuple[int, Chain]]) -> Iterator[dict[int, list[
         yield portion
 
 
-def _equal_chains(host: Host, number: int, wanted: list[Chain], outcome: Outcome) -> list[Chain]:
-    """The parts of the chains `wanted` of a target that are equal to their slots."""
-    target = host.targets.get(number)
-    if target is None:
-        outcome.skip("gone", sum(len(chain.slots) for chain in wanted))
-        return []
-    equal: list[Chain] = []
-    for chain in wanted:
-        try:
-            equal += chains.verify(
-                host.store, target.link.agent.tid, target.user, chain, host.breathe, outcome.skip
-            )
-        except ProcessLookupError:
-            host.drop(target)
-            return []
-    faults.point("verified")
-    return equal
-
-
-def _window(part: Planned) -> tuple[int, int]:
+def _window(part: Planned, window: int) -> tuple[int, int]:
     if part.extent is None:
         return (-1, 0)
-    return (part.extent, (part.slot - part.extent) // _WINDOW_PAGES)
+    return (part.extent, (part.slot - part.extent) // window)
 
 
 def _fill(
@@ -296,58 +298,6 @@ def _column(item: Planned, digests: bytes) -> bytes:
         return struct.pack("<Q", item.digest)
     column = digests[item.column_at * 8 : (item.column_at + item.pages) * 8]
     return column if len(column) == item.pages * 8 else bytes(item.pages * 8)
-
-
-def _verify(host: Host, portion: list[Planned], pieces: dict[int, list[Piece]], outcome: Outcome) -> None:
-    wanted: dict[int, list[Piece]] = {}
-    first, end, user = 0, 0, None  # the extent of the record before
-    for item in portion:
-        if item.op == wire.OP_MAP:
-            if not first <= item.slot < end:
-                first, count = host.store.extent_of(item.slot) or (0, 0)
-                end, user = first + count, host.store.user_of(item.slot)
-            if item.slot + item.pages > end:
-                outcome.skip("slot-freed", item.pages)  # its last mapping went after the plan was made
-                continue
-            target = host.targets.get(item.target)
-            if target is not None and target.user != user:
-                outcome.skip("other-user", item.pages)
-                continue
-            wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, item.slot))
-        elif item.op == wire.OP_ZERO:
-            wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, None))
-    tids: dict[int, int] = {}
-    for number in list(wanted):
-        target = host.targets.get(number)
-        if target is None:
-            outcome.skip("gone", sum(piece.pages for piece in wanted.pop(number)))
-        else:
-            tids[number] = target.link.agent.tid
-    for number, equal in verify.verify(host.store, tids, wanted, host.breathe).items():
-        if equal is None:
-            if number in host.targets:
-                host.drop(host.targets[number])
-            continue
-        outcome.skip("differs", sum(p.pages for p in wanted[number]) - sum(p.pages for p in equal))
-        pieces.setdefault(number, []).extend(_joined(sorted(equal, key=lambda piece: piece.addr)))
-    faults.point("verified")
-
-
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbouring parts of one record as one piece again."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.record == piece.record
-            and last.end == piece.addr
-            and (piece.slot is None or (last.slot is not None and last.slot + last.pages == piece.slot))
-        ):
-            joined[-1] = last._replace(pages=last.pages + piece.pages)
-        else:
-            joined.append(piece)
-    return joined
 
 
 @dataclass

@@ -142,7 +142,7 @@ class Server:
             self.guard.tick()
             snapshot.renew(self.guard)
             self._collect_garbage()
-            self._tend_keeper(ready)
+            self._tend_processes(ready)
             self._looked = time.monotonic()
             if self._told_to_end:
                 self._end()
@@ -214,13 +214,14 @@ class Server:
             gc.collect()
             self._collected = time.monotonic()
 
-    def _tend_keeper(self, ready: set[int]) -> None:
+    def _tend_processes(self, ready: set[int]) -> None:
         """Nothing is frozen here, and no agent has anything to do unless its target is parked."""
         link = self.keeping.link()
         if link is not None and link.fileno() in ready:
             self.keeping.lost()
         if all(target.parked is None for target in self.guard.targets.values()):
             self.keeping.tend()
+            self.guard.comparers.tend()
 
     def _finished(self) -> bool:
         if self.stopping:
@@ -281,6 +282,7 @@ class Server:
         if self.scanner is client:
             self.scanner = None
             self.exchange.forget()
+            self.guard.comparers.dismiss()
             self.guard.release_idle()
 
     def _answer(self, client: Client, message: dict[str, Any], payload: bytearray) -> Reply | None:
@@ -323,6 +325,7 @@ class Server:
             raise GuardError("another scan is running; wait for it to end, or stop it")
         self.scanner = client
         options = dict(message.get("options") or {})
+        self.guard.comparers.want(int(options.get("comparers", 0)))
         return {
             "tracking": "write-tracking",
             "targets": [self._attach_one(item, options) for item in message["targets"]],

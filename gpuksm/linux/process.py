@@ -1,9 +1,10 @@
-"""Our own process: its title, and reading a peer's credentials."""
+"""Our own process: its title, its end with its parent's; and reading a peer's credentials."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import struct
 
@@ -12,7 +13,8 @@ from gpuksm.linux._libc import function
 _prctl = function(
     "prctl", ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong
 )
-_PR_SET_NAME = 15
+_prctl_number = function("prctl", ctypes.c_int, ctypes.c_int, *[ctypes.c_ulong] * 4)
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def set_title(title: str) -> None:
@@ -32,3 +34,9 @@ def peer_uid(sock: socket.socket) -> int:
     """User id of the process at the other end of a Unix socket (SO_PEERCRED, unix(7))."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int(struct.unpack("iII", credentials)[1])
+
+
+def die_with_parent(parent: int) -> bool:
+    """Have the kernel kill us when our parent's thread ends (PR_SET_PDEATHSIG); False: it is not `parent`."""
+    _prctl_number(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == parent

@@ -16,7 +16,9 @@ import numpy as np
 from gpuksm import errors
 from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
+from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.protocol import Hasher
+from gpuksm.linux import procfs
 from gpuksm.scan import nodes
 from gpuksm.scan.columns import I64, U64
 from gpuksm.scan.commits import Commits
@@ -30,6 +32,10 @@ from gpuksm.scan.types import Progress, ScanOptions, TargetReport, TargetRequest
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient
 
+# Processes that the guard has compare for it at most, and one for how many threads of ours: it has more to do
+# than comparing, and that more of them would be quicker was not seen.
+_MOST_COMPARERS, _THREADS_FOR_ONE = 4, 4
+_MUCH_BYTES = 512 << 20  # of less the guard has compared all before others are there
 # For so long the guard waits for memory to settle, and answers nobody else meanwhile.
 MOST_GUARD_SECONDS = 0.2
 
@@ -96,6 +102,7 @@ class Engine:
         self.skipped: Counter[str] = Counter()
         self.backend_reason = ""
         self._hasher: Hasher | None = None
+        self._work_bytes: int | None = None
         self._stable = no_stable_tree()
         self._generation: int | None = None
 
@@ -109,7 +116,7 @@ class Engine:
 
         `work_bytes` as in `select.create`.
         """
-        options = self.options
+        options, self._work_bytes = self.options, work_bytes
         self._hasher, self.backend_reason = select.create(
             options.backend, seed, options.threads, options.device, options.gpu_memory, work_bytes
         )
@@ -126,9 +133,22 @@ class Engine:
 
     def ask_attach(self, wanted: Sequence[TargetRequest]) -> dict[str, Any]:
         """The guard's reply to `attach`; takes the scan lock.  Raises GuardError when another has it."""
-        options = {**self.options.allowed._asdict(), "max_pause_us": self.options.max_pause_us}
+        options = {
+            **self.options.allowed._asdict(),
+            "max_pause_us": self.options.max_pause_us,
+            "comparers": self._comparers(wanted),
+        }
         asked = [{"pid": t.pid, "named": t.named, "ranges": t.ranges} for t in wanted]
         return self.client.request("attach", targets=asked, options=options)[0]
+
+    def _comparers(self, wanted: Sequence[TargetRequest]) -> int:
+        """How many processes the guard may have compare beside it."""
+        work_bytes = self._work_bytes
+        if work_bytes is None:
+            work_bytes = procfs.resident_bytes([request.pid for request in wanted])
+        if work_bytes < _MUCH_BYTES:
+            return 0
+        return min(_MOST_COMPARERS, (self.options.threads or usable_cpus()) // _THREADS_FOR_ONE)
 
     def attach(self, wanted: Sequence[TargetRequest]) -> list[Target]:
         """Attach to `wanted` and keep them as targets, with their error those that cannot be."""

@@ -154,9 +154,10 @@ class PageMap:
 
     def starts_of(self, address: U64) -> I64:
         """Indices into `address` (ascending) of the pages at which a region starts."""
-        at = np.searchsorted(address, self.low)
-        at = at[at < len(address)]
-        return at[np.isin(address[at], self.low)]
+        at: I64 = np.searchsorted(address, self.low)
+        there = np.flatnonzero(at < len(address))  # np.isin would load numpy.ma for it
+        starts: I64 = at[there][address[at[there]] == self.low[there]]
+        return starts
 
     def exclusive(self, address: U64) -> NDArray[np.bool_]:
         """For each page whether it is present, anonymous and mapped by this process alone."""

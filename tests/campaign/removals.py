@@ -81,6 +81,29 @@ REMOVALS = (
         "tests/safety/test_stretches.py",
     ),
     Removal(
+        "a comparer sheds what the guard holds",
+        "gpuksm/guard/comparer.py",
+        (("        _shed(sock, store)\n", ""),),
+        "tests/guard/test_comparers.py",
+    ),
+    Removal(
+        "a guard waits until a comparer has shed what it holds",
+        "gpuksm/guard/comparers.py",
+        (
+            (
+                "ready = bool(await_readable([ours.fileno()], _START_SECONDS)) and ours",
+                "ready = True or ours",
+            ),
+        ),
+        "tests/guard/test_comparers.py",
+    ),
+    Removal(
+        "what a comparer has not answered is compared by the guard",
+        "gpuksm/guard/comparers.py",
+        (("            job.state = _OPEN\n", "            job.done({})\n"),),
+        "tests/guard/test_comparers.py",
+    ),
+    Removal(
         "loose ends get a border page when a plan is done",
         "gpuksm/guard/plan.py",
         (("        _settle(host, commits.spans)\n", "        pass\n"),),

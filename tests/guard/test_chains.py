@@ -6,7 +6,6 @@ import itertools
 import mmap
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuksm.guard import chain_commit, chains
+from gpuksm.guard import chain_commit, comparing
 from gpuksm.guard.chain_commit import _Todo, _within, _without_last_page
 from gpuksm.guard.chains import Chain
+from gpuksm.guard.commit import Outcome
 from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.guard.store import Store
@@ -25,6 +25,7 @@ from gpuksm.guard.verify import Piece
 from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
+from tests.support.comparing import Host, target
 
 SLOTS = st.lists(st.integers(0, 12), min_size=1, max_size=40).map(lambda slots: array("Q", slots))
 ADDR = 1 << 20
@@ -158,12 +159,9 @@ def test_each_page_is_compared_with_its_own_slot(store: Store) -> None:
         memory.view[page * PAGE_SIZE + PAGE_SIZE - 1] ^= 1
     slots = array("Q", [first + index for index in order])
     slots[17], slots[200], slots[201] = foreign, foreign + 4, 1 << 60
-    skipped: Counter[str] = Counter()
-
-    def skip(reason: str, pages: int) -> None:
-        skipped[reason] += pages
-
-    parts = chains.verify(store, os.getpid(), 7, Chain(4, memory.address, slots), lambda: None, skip)
+    host = Host(store, {1: target(os.getpid(), 7)})
+    outcome = Outcome()
+    parts = comparing.begin_chains(host, {1: [Chain(4, memory.address, slots)]}, outcome)()[1]
     left_out = {0, 5, 17, 130, 200, 201, 299}
     found = {
         (part.addr - memory.address) // PAGE_SIZE + at: slot
@@ -171,7 +169,7 @@ def test_each_page_is_compared_with_its_own_slot(store: Store) -> None:
         for at, slot in enumerate(part.slots)
     }
     assert found == {page: slots[page] for page in range(count) if page not in left_out}
-    assert +skipped == {"differs": 4, "other-user": 1, "slot-freed": 2}
+    assert outcome.skipped == {"differs": 4, "other-user": 1, "slot-freed": 2}
 
 
 def test_what_cannot_be_read_is_passed_over(store: Store) -> None:
@@ -184,9 +182,9 @@ def test_what_cannot_be_read_is_passed_over(store: Store) -> None:
         store.write(first + index, [memoryview(_content(index))])
         memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = _content(index)
     os.ftruncate(file, 6 * PAGE_SIZE)  # pages 6 and 7, of slots 3 and 5, cannot be read any more
-    skipped: Counter[str] = Counter()
+    host, outcome = Host(store, {1: target(os.getpid(), 7)}), Outcome()
     chain = Chain(0, vm.address_of(memory), array("Q", [first + index for index in order]))
-    parts = chains.verify(store, os.getpid(), 7, chain, lambda: None, lambda *told: skipped.update([told]))
+    parts = comparing.begin_chains(host, {1: [chain]}, outcome)()[1]
     assert [(part.addr, part.slots) for part in parts] == [(chain.addr, chain.slots[:6])]
-    assert ("differs", 2) in skipped
+    assert outcome.skipped == {"differs": 2}
     os.close(file)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpuksm import wire
 from gpuksm.errors import UsageError
-from gpuksm.guard import plan, request
+from gpuksm.guard import comparing, request
 from gpuksm.guard.verify import Piece
 
 EXTENT = wire.EXTENT_RECORD.pack(8, 0, 0)
@@ -68,4 +68,4 @@ def test_garbage_is_refused_or_well_formed(payload: bytes, extents: int, records
 
 def test_parts_of_one_record_join_again() -> None:
     parts = [Piece(0, 0, 2, 5), Piece(0, 8192, 1, 7), Piece(0, 16384, 1, 9), Piece(1, 20480, 1, 10)]
-    assert plan._joined(parts) == [Piece(0, 0, 3, 5), Piece(0, 16384, 1, 9), Piece(1, 20480, 1, 10)]
+    assert comparing._joined(parts) == [Piece(0, 0, 3, 5), Piece(0, 16384, 1, 9), Piece(1, 20480, 1, 10)]

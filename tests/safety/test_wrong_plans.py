@@ -27,8 +27,10 @@ PAGES = 64
 
 
 @pytest.fixture
-def victims(world: World) -> list[Victim]:
-    """Two victims of unlike content, and a guard that runs."""
+def victims(request: pytest.FixtureRequest, world: World) -> list[Victim]:
+    """Two victims of unlike content, and a guard that runs; by parameter with so many comparers."""
+    if hasattr(request, "param"):
+        world.extra_env |= {"GPUKSM_COMPARERS": str(request.param), "GPUKSM_COMPARER_PAGES": "16"}
     starters = [world.victim("regions", 16, 4, seed, "straight", 777000) for seed in (8, 9)]
     world.scan(*starters)
     return [world.victim("regions", PAGES, PAGES, seed, "straight", 1000 * seed) for seed in (1, 2)]
@@ -209,6 +211,25 @@ def test_wrong_plan(world: World, victims: list[Victim], scanner: Scanner, name:
         victim.verify()
     world.unmerge()
     for victim in world.victims:
+        victim.verify()
+
+
+@pytest.mark.parametrize("victims", [2], indirect=True)
+def test_wrong_plans_compared_beside_the_guard(world: World, victims: list[Victim], scanner: Scanner) -> None:
+    """All of them, one after the other: what compares them does not matter."""
+    addresses = [victim.area("shared")[0] for victim in victims]
+    for name, wrong in WRONG.items():
+        extents, plan, *column = wrong(scanner.targets, addresses)
+        reply = scanner.commit(extents, plan, *column)
+        assert reply.get("ok") or reply["error"], (name, reply)
+        for victim in (*victims, *world.victims[:2]):
+            victim.verify()
+        assert len(scanner.ask("status", budgets=[])["comparers"]) == 2
+        scanner.ask("unmerge", pids=[victim.pid for victim in victims], max_pause_us=5000)
+        for target in scanner.targets:
+            scanner.ask("arm", target=target)
+    for victim in victims:
+        victim.ask("write 30 4")
         victim.verify()
 
 

@@ -81,8 +81,15 @@ def test_killed_at_a_later_turn(world: World, point: str) -> None:
     _kill_at(world, _victims(world, point), point, 3)
 
 
+def _have_comparers(world: World, point: str) -> None:
+    """Where it is they that pass `point`, or their start; a few pages at a time."""
+    if point.startswith("compar"):
+        world.extra_env |= {"GPUKSM_COMPARERS": "2", "GPUKSM_COMPARER_PAGES": "16"}
+
+
 def _kill_at(world: World, victims: list[Victim], point: str, turn: int) -> None:
     pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    _have_comparers(world, point)
     world.extra_env["GPUKSM_FAULT"] = f"{point}:{turn}"
     scan = world.gpuksm("scan", *pids)
     assert "Traceback" not in scan.err
@@ -91,6 +98,8 @@ def _kill_at(world: World, victims: list[Victim], point: str, turn: int) -> None
     world.gpuksm("unmerge", "--all")
     _look(victims)
     del world.extra_env["GPUKSM_FAULT"]
+    if point.startswith("compar"):
+        assert "fault injected" in (world.folder / "guard.log").read_text()
     world.check_nothing_stopped()
     for victim in victims:
         if victim.program == "purge":
@@ -112,6 +121,7 @@ def test_failed_at(world: World, point: str, error: str) -> None:
     """The same with an error instead of a death: it may cost the scan, never the guard's targets."""
     victims = _victims(world, point)
     pids = [part for victim in victims for part in ("--pid", victim.pid)]
+    _have_comparers(world, point)
     world.extra_env["GPUKSM_FAULT"] = f"{point}:2:{error}"
     world.gpuksm("scan", *pids)
     _look(victims)

@@ -67,7 +67,11 @@ class World:
     @property
     def env(self) -> dict[str, str]:
         """The environment of everything that is started here."""
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("GPUKSM_", "XDG_"))}
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("GPUKSM_", "XDG_")) or key.startswith("GPUKSM_COMPARER")
+        }
         env |= {
             "GPUKSM_RUNTIME_DIR": str(self.folder),
             "PYTHONPATH": str(ROOT),
