@@ -106,7 +106,8 @@ def resolve(selection: Selection, *, strict: bool = True) -> list[TargetRequest]
     for pid in (*selection.pids, *selection.trees) if strict else ():
         check_named(pid)
     found: dict[int, TargetRequest] = {}
-    for pid in (*selection.pids, *_trees(selection.trees, strict=strict)):
+    trees = _trees(selection.trees, strict=strict) if selection.trees else []
+    for pid in (*selection.pids, *trees):
         found.setdefault(pid, TargetRequest(pid=pid, named=True))
     if selection.registered or selection.empty:
         registered = _registered()

@@ -28,6 +28,7 @@ from gpuksm.linux import process
 
 READY = b"ready"
 MESSAGE_BYTES = 1 << 18  # more than a socket takes at once
+_NICE = 10  # as scanners have: jobs come first, and nobody stands still for what is done here
 PIECES, PAGES = "pieces", "pages"
 
 Breathe = Callable[[], None]
@@ -91,6 +92,7 @@ def run(sock: socket.socket, store: Store, guard: int) -> NoReturn:
         if process.die_with_parent(guard):
             sock.send(READY)
             process.set_title("gpuksm comparer")
+            os.setpriority(os.PRIO_PROCESS, 0, max(_NICE, os.getpriority(os.PRIO_PROCESS, 0)))
             _serve(sock, store)
     os._exit(0)
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 _MAGIC = b"gpuksm kernels 1\n"
@@ -75,6 +74,8 @@ def write(name: str, key: str, content: bytes) -> None:
     place = folder()
     if place is None:
         return
+    import tempfile  # once for each version that is installed
+
     # A reader sees the old file or the new one, never a part.
     with contextlib.suppress(OSError):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)

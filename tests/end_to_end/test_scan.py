@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 from tests import requirements_env
 from tests.support import processes
 from tests.support.victims import Victim
-from tests.support.world import World
+from tests.support.world import ROOT, World
 
 MIB = 1 << 20
 PAGES_256_MIB = 65536
@@ -112,6 +114,22 @@ def test_registered_arrays(each_world: World) -> None:
     world.unmerge()
     for victim in victims:
         victim.ask("verify")
+
+
+def test_a_scan_loads_no_more_than_it_needs(world: World) -> None:
+    """Of what takes ten milliseconds and more; its kernels are compiled by now."""
+    idle = "import sys, numpy\nprint('READY', flush=True)\nsys.stdin.read()"  # many a region
+    victims = [world.python(idle) for _ in range(2)]
+    world.scan(*victims)
+    code = (
+        "import sys\nfrom gpuksm import cli\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "print(*set('numba llvmlite psutil numpy.ma tempfile rich subprocess'.split()) & set(sys.modules))"
+    )
+    pids = [part for victim in victims for part in ("--pid", str(victim.pid))]
+    command = [*world.user.python_prefix, sys.executable, "-c", code, "scan", "--json", *pids]
+    done = subprocess.run(command, env=world.env, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["subprocess"]  # which starts a guard where there is none
 
 
 def test_json_has_its_fields(world: World) -> None:

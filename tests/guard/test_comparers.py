@@ -319,6 +319,7 @@ def test_what_they_hold_and_when_they_end(helped_world: World) -> None:
     assert len(pids) == 2
     for pid in pids:
         _check_descriptors(pid)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 10, "jobs do not come first"
     os.kill(helped_world.guard_pid(), signal.SIGKILL)
     _eventually(
         lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "comparers outlive their guard"
