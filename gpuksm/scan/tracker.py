@@ -84,6 +84,7 @@ class Tracker:
         spans = np.array(sorted(tuple(part[:2]) for part in merged), np.uint64).reshape(-1, 2)
         self.merged_low, self.merged_high = spans[:, 0].copy(), spans[:, 1].copy()
         self._some_merged = len(spans) > 0
+        self._merged_by_us_only = not self._some_merged
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -180,7 +181,12 @@ class Tracker:
         first, pages = stretches_of(address)
         low = address[first]
         high = low + pages.astype(np.uint64) * np.uint64(PAGE_BYTES)
-        return index[inside(address, *self._calm_in(low, high, some_merged=self._some_merged))]
+        # What has no digest was in no plan of ours since it was found.
+        fresh = self._merged_by_us_only and self.columns.marked(KNOWN | PLANNED, 0, index).all()
+        calm_low, calm_high = self._calm_in(low, high, some_merged=self._some_merged and not fresh)
+        if np.array_equal(low, calm_low) and np.array_equal(high, calm_high):
+            return index  # all, as almost always
+        return index[inside(address, calm_low, calm_high)]
 
     def _calm_in(self, low: U64, high: U64, *, some_merged: bool) -> tuple[U64, U64]:
         """Stretches of the pages in [low, high) that are calm at this moment; TargetGone.

@@ -132,6 +132,25 @@ def test_armed_pages_of_a_file_are_neither_calm_nor_volatile(area):
         each.close()
 
 
+def test_of_what_no_plan_has_had_it_is_not_asked_whether_it_is_a_files(area):
+    """That takes the kernel three times as long."""
+    area.view[:] = 1
+    area.arm()
+    tracker = Tracker(os.getpid(), [(area.start, area.end, 3)])
+    tracker.look()
+    asked, select_in = [], tracker.map.select_in
+    tracker.map.select_in = lambda kind, low, high: (asked.append(kind), select_in(kind, low, high))[1]
+    assert len(tracker.still_calm(np.arange(PAGES))) == PAGES
+    tracker.learn(np.arange(8), np.ones(8, np.uint64), np.zeros(8, np.uint8))
+    tracker.plan(np.arange(4))
+    assert tracker.still_calm(np.arange(8, PAGES)).tolist() == list(range(8, PAGES))
+    assert asked == [CALM, CALM]
+    tracker.still_calm(np.arange(4, PAGES))
+    tracker.still_calm(np.arange(4))
+    assert asked[2:] == [CALM.anonymous()] * 2
+    tracker.close()
+
+
 def test_what_was_written_after_it_was_read_has_no_digest(area):
     area.view[:] = 1
     area.arm()
