@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import partial
 
 import numpy as np
 
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import Hasher
-from gpuksm.scan.beside import results
 from gpuksm.scan.columns import I64
 from gpuksm.scan.reader import LivePages
 from gpuksm.scan.tracker import Tracker
@@ -45,46 +42,34 @@ def digest_wanted(
 
 
 def digest(
-    wanted: list[Part],
-    hasher: Hasher,
-    batch_pages: int,
-    report: Callable[[str, int, int], None],
-    *,
-    beside: bool = False,
+    wanted: list[Part], hasher: Hasher, batch_pages: int, report: Callable[[str, int, int], None]
 ) -> dict[int, int]:
     """Hash the pages `wanted` (indices into a tracker's columns); {pid: pages read}.
 
-    Each batch looks again, just before it is read (`beside`: while the one before it is), which of its pages
-    are still calm, unless that was a moment ago: one that was freed or swapped out since must not be touched.
+    Each batch looks again, just before it is read, which of its pages are still calm, unless that
+    was a moment ago: a page that was freed or swapped out since must not be touched.
     """
     total = sum(len(index) for _, index in wanted)
     scanned = dict.fromkeys((tracker.pid for tracker, _ in wanted), 0)
     done = 0
-    looks = (partial(_calm, batch) for batch in cut(wanted, batch_pages))
-    with closing(results(looks, beside)) as batches:
-        for pages, calm, source in batches:
-            report("hash", done, total)
-            done += pages
-            digests, kinds = np.zeros(source.pages, np.uint64), np.zeros(source.pages, np.uint8)
-            try:
-                hasher.digest(source, digests, kinds)
-            finally:
-                source.close()
-            at = 0
-            for tracker, index in calm:
-                end = at + len(index)
-                tracker.learn(index, digests[at:end], kinds[at:end])
-                scanned[tracker.pid] += len(index)
-                at = end
+    for batch in cut(wanted, batch_pages):
+        report("hash", done, total)
+        done += sum(len(index) for _, index in batch)
+        calm = [(tracker, _still_calm(tracker, index)) for tracker, index in batch]
+        source = LivePages([(tracker.pid, tracker.columns.address[index]) for tracker, index in calm])
+        digests, kinds = np.zeros(source.pages, np.uint64), np.zeros(source.pages, np.uint8)
+        try:
+            hasher.digest(source, digests, kinds)
+        finally:
+            source.close()
+        at = 0
+        for tracker, index in calm:
+            end = at + len(index)
+            tracker.learn(index, digests[at:end], kinds[at:end])
+            scanned[tracker.pid] += len(index)
+            at = end
     report("hash", total, total)
     return scanned
-
-
-def _calm(batch: list[Part]) -> tuple[int, list[Part], LivePages]:
-    """How many pages `batch` has, and those of them that are still calm, as parts and to be read."""
-    calm = [(tracker, _still_calm(tracker, index)) for tracker, index in batch]
-    source = LivePages([(tracker.pid, tracker.columns.address[index]) for tracker, index in calm])
-    return sum(len(index) for _, index in batch), calm, source
 
 
 def _still_calm(tracker: Tracker, index: I64) -> I64:

@@ -111,15 +111,6 @@ class Engine:
         assert self._hasher is not None
         return self._hasher
 
-    @property
-    def beside(self) -> bool:
-        """Whether there are threads for looking up and planning beside those that read."""
-        return self._threads >= _THREADS_FOR_ONE
-
-    @property
-    def _threads(self) -> int:
-        return self.options.threads or usable_cpus()
-
     def open_hasher(self, seed: int, work_bytes: int | None = None) -> None:
         """`seed` is the store's own, so that the digests it remembers can be compared with ours.
 
@@ -157,7 +148,7 @@ class Engine:
             work_bytes = procfs.resident_bytes([request.pid for request in wanted])
         if work_bytes < _MUCH_BYTES:
             return 0
-        return min(_MOST_COMPARERS, self._threads // _THREADS_FOR_ONE)
+        return min(_MOST_COMPARERS, (self.options.threads or usable_cpus()) // _THREADS_FOR_ONE)
 
     def attach(self, wanted: Sequence[TargetRequest]) -> list[Target]:
         """Attach to `wanted` and keep them as targets, with their error those that cannot be."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +74,7 @@ class PageMap:
         self.pid = pid
         self.set_regions(table)
         self._fd = pagemap.open_pagemap(pid)
-        self._buffer, self._buffer_free = np.empty((_CAPACITY, 3), np.uint64), Lock()
+        self._buffer = np.empty((_CAPACITY, 3), np.uint64)
 
     def set_regions(self, table: U64) -> None:
         """Look at the stretches `table` (n, 2) from now on; ascending and disjoint."""
@@ -121,27 +120,18 @@ class PageMap:
 
     def _scan_near(self, kind: Kind, spans: list[tuple[int, int]]) -> U64:
         """The table of the stretches in `spans`, which have no more pages than the buffer entries."""
-        with self._buffer_free:
-            into = self._buffer.ctypes.data
-            try:
-                count = pagemap.scan_spans(
-                    self._fd, spans, into, _CAPACITY, inverted=kind.inverted, mask=kind.mask
-                )
-            except OSError as error:
-                raise _gone_or(error, self.pid) from None
-            return self._buffer[:count, :2].copy()
+        try:
+            count = pagemap.scan_spans(
+                self._fd, spans, self._buffer.ctypes.data, _CAPACITY, inverted=kind.inverted, mask=kind.mask
+            )
+        except OSError as error:
+            raise _gone_or(error, self.pid) from None
+        return self._buffer[:count, :2].copy()
 
     def _scan(self, kind: Kind, at: int, end: int) -> list[U64]:
         """Tables of the stretches in [at, end) that PAGEMAP_SCAN selects."""
         found = [_NO_STRETCHES]
         while at < end:
-            table, at = self._scan_some(kind, at, end)
-            found.append(table)
-        return found
-
-    def _scan_some(self, kind: Kind, at: int, end: int) -> tuple[U64, int]:
-        """The same of as many as fit the buffer, and from where on others are left (`end`: none are)."""
-        with self._buffer_free:
             try:
                 count, walk_end = pagemap.scan_into(
                     self._fd,
@@ -155,7 +145,12 @@ class PageMap:
                 )
             except OSError as error:
                 raise _gone_or(error, self.pid) from None
-            return self._buffer[:count, :2].copy(), end if walk_end <= at else walk_end
+            if count:
+                found.append(self._buffer[:count, :2].copy())
+            if walk_end <= at:
+                break
+            at = walk_end
+        return found
 
     def starts_of(self, address: U64) -> I64:
         """Indices into `address` (ascending) of the pages at which a region starts."""

@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from contextlib import closing
 from functools import partial
 
 import numpy as np
 
 from gpuksm.errors import TargetGone
 from gpuksm.scan.batches import digest
-from gpuksm.scan.beside import results
 from gpuksm.scan.columns import I64, ranges_within
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.engine import Engine, Target
@@ -51,25 +49,19 @@ def merge_everything(engine: Engine, living: list[Target], settled: float = 0.0)
         began, done = time.monotonic(), sum(scanned.values())
         share = [(tracker, tracker.wanted(*_share(tracker, low, high))) for tracker in trackers]
         if any(len(index) for _, index in share):
-            hasher, batch_pages = engine.hasher, engine.options.batch_pages
             report = partial(_report, engine, done, total)
-            for pid, pages in digest(share, hasher, batch_pages, report, beside=engine.beside).items():
+            for pid, pages in digest(share, engine.hasher, engine.options.batch_pages, report).items():
                 scanned[pid] += pages
         return 2 * time.monotonic() - began < settled
 
-    def begin() -> None:
-        """Read the first slice, and others until memory has settled."""
-        early = read(0.0, bounds[1])
-        for start, end in itertools.pairwise(bounds[1:]):
-            early = early and read(start, end)
-        _settle(engine, trackers, settled)
-
-    begin()
-    # The first has been read.
-    reads = (partial(read, *share) for share in ((0.0, 0.0), *itertools.pairwise(bounds[1:])))
-    with closing(results(reads, engine.beside)) as slices, Commits() as commits:
+    with Commits() as commits:
         low = 0.0
-        for _, high in zip(slices, bounds[1:], strict=True):
+        for number, high in enumerate(bounds[1:]):
+            early = read(bounds[number], high)
+            if not low:
+                for start, end in itertools.pairwise(bounds[1:]):
+                    early = early and read(start, end)
+                _settle(engine, trackers, settled)
             for tracker in trackers:
                 repeats.add(tracker, *_share(tracker, low, high))
             if len(bounds) == 2:

@@ -67,23 +67,16 @@ class _Repeats:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a pass in four slices, reading for `seconds` each time: (tracker, [(what, when, pages)])."""
 
-    def run(
-        seconds: float, settle: float, slice_pages: int = PAGES // 4, *, beside: bool = False
-    ) -> tuple[_Tracker, list[Any]]:
+    def run(seconds: float, settle: float, slice_pages: int = PAGES // 4) -> tuple[_Tracker, list[Any]]:
         tracker, did = _Tracker(), list[Any]()
 
-        def digest(wanted: Any, *_: Any, **how: Any) -> dict[int, int]:
-            assert how == {"beside": beside}
+        def digest(wanted: Any, *_: Any) -> dict[int, int]:
             ((_, index),) = wanted
             assert (tracker.state[index] == 0).all(), "read twice"
-            time.sleep(seconds)
             tracker.state[index] = KNOWN
+            time.sleep(seconds)
             did.append(("read", time.monotonic(), index))
             return {7: len(index)}
-
-        def plan(pages: Any, *_: Any) -> None:
-            did.append(("plan", time.monotonic(), pages))
-            time.sleep(seconds)
 
         engine: Any = SimpleNamespace(
             progress=SimpleNamespace(update=lambda *_: None),
@@ -91,8 +84,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
             hasher=SimpleNamespace(leave=lambda _: None),
             budgets=lambda _: np.array([1000]),
             stable=lambda: SimpleNamespace(digest=()),
-            beside=beside,
-            plan=plan,
+            plan=lambda pages, *_: did.append(("plan", time.monotonic(), pages)),
             commit=lambda *_: None,
         )
         monkeypatch.setattr(slices, "SLICE_PAGES", slice_pages)
@@ -131,17 +123,8 @@ def test_as_soon_as_memory_has_settled_something_is_planned(ran: Any) -> None:
     assert len(tracker.checked) == 1, "what was looked up before it had settled"
 
 
-def test_the_next_is_read_while_one_is_planned_where_there_are_threads_for_it(ran: Any) -> None:
-    _, did = ran(0.05, 0.0, beside=True)
-    reads, plans = ([when for name, when, _ in did if name == what] for what in ("read", "plan"))
-    assert len(reads) == len(plans) == 7
-    for planned, read in zip(plans, reads[1:], strict=False):
-        assert read < planned + 0.09, "read only when the one before was planned"  # that takes 0.1
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_every_page_is_read_and_then_planned_once(ran: Any, beside: bool) -> None:
-    _, did = ran(0.03, 0.05, beside=beside)
+def test_every_page_is_read_and_then_planned_once(ran: Any) -> None:
+    _, did = ran(0.03, 0.05)
     waiting: set[int] = set()
     for what, _, index in did[:-1]:
         if what == "read":
