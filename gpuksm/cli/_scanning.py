@@ -53,7 +53,7 @@ _AFTER = (
         type=_options.Count(0, 1024),
         default=0,
         metavar="N",
-        help="Reader and CPU hashing threads; 0, the default, takes what the machine has.",
+        help="Reader and CPU hashing threads; 0, the default, takes as many as are of use here.",
     ),
     _options.max_pause,
 )

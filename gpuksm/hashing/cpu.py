@@ -26,6 +26,14 @@ hash_pages = _KERNELS.hash_pages
 # Large enough that the cost of a read call is spread out, small enough that
 # the chunk is still in the reader's L2 cache when it is hashed.
 CHUNK_PAGES = 128
+# More of them read hardly faster on 16 cores, for a fifth more CPU time, and a scan no faster: what is
+# merged takes the guard longer (docs/performance.md).
+READERS = 6
+
+
+def readers(threads: int) -> int:
+    """How many threads read and hash where `threads` are asked for, 0: as many as are worth it."""
+    return threads or min(usable_cpus(), READERS)
 
 
 def digest_pages(pages: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
@@ -52,7 +60,7 @@ class _Staging:
 
 
 class CpuHasher:
-    """XXH3 in vector code on `threads` threads (0: one for each CPU this process may use).
+    """XXH3 in vector code on `threads` threads (0: one for each CPU this process may use, at most 6).
 
     Raises BackendUnavailable when the kernel fails its self-test.
     """
@@ -64,7 +72,7 @@ class CpuHasher:
         self.seed = seed
         self.chunk_pages = chunk_pages
         self._keys = xxh3.page_keys(seed)
-        self._crew = Crew(threads)
+        self._crew = Crew(readers(threads))
         self._staging = [_Staging(chunk_pages) for _ in range(self._crew.threads)]
         self._busy = Lock()
         self._workers = self._crew.threads

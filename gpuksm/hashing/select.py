@@ -133,7 +133,7 @@ def create(
     """(hasher, one line that says why this one).
 
     `backend` is auto, cuda, opencl or cpu; `seed` a 64-bit number; `threads`
-    the CPU threads, 0 for one per usable CPU; `device` names a device of cuda
+    the CPU threads, 0 for one per usable CPU and 6 at most; `device` names a device of cuda
     or opencl; `gpu_memory` caps the bytes taken on each; `work_bytes` is how much
     is to be hashed in all (None: there is no end to it), so that auto opens no
     GPU for what the CPU has done sooner.  Raises

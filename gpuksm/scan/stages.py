@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gpuksm import wire
 from gpuksm.errors import GuardError, NotEnoughMemory
+from gpuksm.hashing.cpu import readers
 from gpuksm.hashing.crew import Crew
 from gpuksm.hashing.protocol import PAGE_BYTES, Hasher
 from gpuksm.hashing.source import ArraySource
@@ -116,7 +117,7 @@ def _measure_pages(helpers: Sequence[Helper], hasher: Hasher, threads: int, samp
     source = LivePages([(helper.pid, _addresses(helper.straight)) for helper in helpers])
     size = source.pages * PAGE_BYTES
     digests, kinds = np.empty(source.pages, np.uint64), np.empty(source.pages, np.uint8)
-    crew = Crew(threads)
+    crew = Crew(readers(threads))
     try:
         samples.repeat("read", "other processes' pages", "bytes", size, lambda: _read_all(source, crew))
         mine = _copied(helpers[0])

@@ -21,8 +21,9 @@ class TargetRequest:
 class ScanOptions:
     """How to scan.
 
-    `threads` 0: one for each usable CPU; `device` None: the backend's choice; `gpu_memory` bytes per device;
-    without `merge_across_nodes` only pages of one NUMA node are merged with each other.
+    `threads` 0: one for each usable CPU, up to where more are no use; `device` None: the backend's choice;
+    `gpu_memory` bytes per device; without `merge_across_nodes` only pages of one NUMA node are merged with
+    each other.
     """
 
     batch_pages: int = 65536

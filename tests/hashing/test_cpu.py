@@ -197,6 +197,16 @@ def test_too_little_room_for_the_digests():
     hasher.close()
 
 
+@pytest.mark.parametrize(
+    ("asked", "cpus", "there"), [(0, 1, 1), (0, 4, 4), (0, 64, 6), (9, 4, 9), (1, 64, 1)]
+)
+def test_how_many_threads_there_are(monkeypatch, asked, cpus, there):
+    monkeypatch.setattr("gpuksm.hashing.cpu.usable_cpus", lambda: cpus)
+    hasher = CpuHasher(0, asked)
+    assert hasher.threads == there
+    hasher.close()
+
+
 def test_close_ends_every_thread():
     before = threading.active_count()
     hasher = CpuHasher(0, 4, chunk_pages=1)
