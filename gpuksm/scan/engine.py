@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # Processes that the guard has compare for it at most, and one for how many threads of ours: it has more to do
 # than comparing, and that more of them would be quicker was not seen.
 _MOST_COMPARERS, _THREADS_FOR_ONE = 4, 4
+_LEAST_THREADS = 8  # with four processors the guard alone was as quick
 _MUCH_BYTES = 512 << 20  # of less the guard has compared all before others are there
 # For so long the guard waits for memory to settle, and answers nobody else meanwhile.
 MOST_GUARD_SECONDS = 0.2
@@ -148,7 +149,8 @@ class Engine:
             work_bytes = procfs.resident_bytes([request.pid for request in wanted])
         if work_bytes < _MUCH_BYTES:
             return 0
-        return min(_MOST_COMPARERS, (self.options.threads or usable_cpus()) // _THREADS_FOR_ONE)
+        threads = self.options.threads or usable_cpus()
+        return min(_MOST_COMPARERS, threads // _THREADS_FOR_ONE) if threads >= _LEAST_THREADS else 0
 
     def attach(self, wanted: Sequence[TargetRequest]) -> list[Target]:
         """Attach to `wanted` and keep them as targets, with their error those that cannot be."""
