@@ -102,11 +102,10 @@ def _shed(sock: socket.socket, store: Store) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    first = 3
-    for fd in sorted((sock.fileno(), store.read_only)):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, 1 << 30)
+    kept = {0, 1, 2, sock.fileno(), store.read_only}
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
+        with contextlib.suppress(OSError):  # the folder's own, which is closed by now
+            os.close(fd)
     store.fd = store.read_only
 
 

@@ -96,9 +96,12 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
 def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience) -> tuple[int, socket.socket]:
     """The same, also where the kernel starts no process now (EAGAIN, ENOMEM): we must not end for it.
 
-    It is tried for ever; what stands in the way is told when it is something else than before.
+    It is tried for ever; what stands in the way is told when it is something else than before.  SIGTERM ends
+    us here only where no guard has been: with a store we hold what merged memory relies on.
     """
     told = ""
+    if "store" not in kept:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         patience.started()
         try:

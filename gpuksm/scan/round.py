@@ -79,7 +79,7 @@ class _Scan:
         status, _ = self.client.request("status", budgets=[])
         after = measure.snapshot(opening.before)
         cpu = time.process_time() - cpu_began + measure.cpu_seconds(int(hello["pid"])) - guard_cpu
-        cpu += sum(measure.cpu_seconds(int(pid)) for pid in status["comparers"])
+        cpu += sum(measure.cpu_seconds(int(pid)) for pid in status.get("comparers", ()))
         return self._result(status, opening.before, after, store_before, time.monotonic() - began, cpu)
 
     # -- passes ------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,3 +39,37 @@ def test_a_guard_that_cannot_be_started_now_is_started_later(
     link.close()
     os.close(guard)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+_TRYING = """
+import signal, sys
+from pathlib import Path
+from gpuksm.guard import keeper
+signal.signal(signal.SIGTERM, lambda *_: None)  # as while a guard runs
+def start(*_):
+    print("tries", flush=True)
+    raise OSError(11, "no process")
+keeper.start = start
+keeper._start_guard_at_last(Path("/"), dict.fromkeys(sys.argv[1:], 0), keeper.Patience())
+"""
+
+
+@pytest.mark.parametrize(("kept", "ends"), [(["listener"], True), (["listener", "store"], False)])
+def test_sigterm_ends_a_keeper_without_a_guard_only_where_nothing_was_merged(
+    kept: list[str], ends: bool
+) -> None:
+    trying = subprocess.Popen(
+        [sys.executable, "-c", _TRYING, *kept], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert trying.stdout is not None
+    with trying.stdout:
+        trying.stdout.readline()
+        trying.terminate()
+        try:
+            assert trying.wait(10 if ends else 0.5) == -signal.SIGTERM
+            assert ends
+        except subprocess.TimeoutExpired:
+            assert not ends
+        finally:
+            trying.kill()
+            trying.wait()
