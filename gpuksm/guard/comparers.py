@@ -30,7 +30,7 @@ from gpuksm.linux.descriptors import await_readable
 MOST = 8
 _MOST_JOBS = 12  # of one comparer: while the guard maps, nobody hands out more
 _START_SECONDS = 5.0
-_IDLE_SECONDS = 5.0
+_FIRST_SECONDS, _IDLE_SECONDS = 60.0, 5.0  # they are kept: until there is something to do, and after that
 _ANSWER_SECONDS = 2.0  # for one job, beside busy jobs; then it is done here
 _NAP_SECONDS = 0.0005
 _OPEN, _HANDED, _DONE = range(3)
@@ -77,7 +77,7 @@ class Comparers:
         self._wanted = 0
         self._crew: list[_Comparer] = []
         self._ended: list[int] = []  # to be waited for
-        self._used = 0.0
+        self._kept_until = 0.0
 
     def __len__(self) -> int:
         return len(self._crew)
@@ -93,16 +93,16 @@ class Comparers:
         return bool(self._ended)
 
     def want(self, count: int) -> None:
-        """Have so many, from the next `tend` on until they have not been used for a while."""
+        """Have so many, from the next `tend` on until they have had nothing to do for a while."""
         self._wanted = min(MOST, count if _FORCED is None else _FORCED)
-        self._used = time.monotonic()
+        self._kept_until = time.monotonic() + _FIRST_SECONDS
 
     def tend(self) -> None:
         """Start those that are wanted, let idle ones go; see the head of this module for when."""
         wanted, self._wanted = self._wanted, 0
         while len(self._crew) < wanted and self._start():
             pass
-        if self._crew and time.monotonic() > self._used + _IDLE_SECONDS:
+        if self._crew and time.monotonic() > self._kept_until:
             self.dismiss()
         self._ended = [pid for pid in self._ended if not _reaped(pid)]
 
@@ -131,7 +131,7 @@ class Comparers:
             else:
                 self._wait()
             breathe()
-        self._used = time.monotonic()
+        self._kept_until = time.monotonic() + _IDLE_SECONDS
 
     # -- one of them ---------------------------------------------------------------
 
