@@ -142,6 +142,15 @@ def test_progress_is_shown_on_a_terminal_and_only_there(jobs: list[subprocess.Po
     assert b"/" in seen
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """What the background of a shell starts ignores SIGINT, and so does all that it starts itself."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 def test_an_interrupted_scan_leaves_the_jobs_well(jobs: list[subprocess.Popen[str]]) -> None:
     command = [sys.executable, "-m", "gpuksm", "scan", *_pids(jobs), "--settle", "60s"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
