@@ -32,18 +32,23 @@ _NICE = 10  # as scanners have: jobs come first, and nobody stands still for wha
 PIECES, PAGES = "pieces", "pages"
 
 Breathe = Callable[[], None]
+Part = tuple[int, int, "array[int]", "array[int]"]  # thread, address, numbers of pages behind it, their slots
 
 
 def do(store: Store, kind: str, arguments: tuple[Any, ...], breathe: Breathe) -> Any:
-    """The answer to a job, of kind PIECES: see `verify.verify`; PAGES: see `_pages`.  Raises what they do."""
+    """The answer to a job: for PIECES see `verify.verify`, for PAGES `_pages`.  Raises what they do."""
     work: Callable[..., Any] = verify.verify if kind == PIECES else _pages
     return work(store, *arguments, breathe)
 
 
-def _pages(
+def _pages(store: Store, parts: list[Part], breathe: Breathe) -> list[bytes | None]:
+    """What `chains.compare` says of each of the parts; None where the target is gone."""
+    return [_compared(store, *part, breathe) for part in parts]
+
+
+def _compared(
     store: Store, tid: int, addr: int, numbers: array[int], slots: array[int], breathe: Breathe
 ) -> bytes | None:
-    """`chains.compare`; None when the target is gone."""
     try:
         return bytes(chains.compare(store, tid, addr, numbers, slots, breathe))
     except ProcessLookupError:
@@ -63,8 +68,9 @@ def _unpacked(message: memoryview) -> tuple[str, tuple[Any, ...]]:
     if kind == PIECES:
         tids, wanted = arguments
         return kind, (tids, _pieces(wanted))
-    tid, addr, numbers, slots = arguments
-    return kind, (tid, addr, array("I", numbers), array("Q", slots))
+    (parts,) = arguments
+    columns = [(tid, addr, array("I", numbers), array("Q", slots)) for tid, addr, numbers, slots in parts]
+    return kind, (columns,)
 
 
 def answer_of(message: bytes, kind: str) -> Any:

@@ -119,17 +119,20 @@ class Comparers:
 
     def finish(self, jobs: list[Job], breathe: Callable[[], None]) -> None:
         """Have all of `jobs` done, what nobody has taken here.  Raises what comparing here raises."""
-        while True:
+        left = deque(job for job in jobs if job.state == _OPEN)
+        handed = [job for job in jobs if job.state == _HANDED]
+        while left or handed:
             self._collect()
-            left = [job for job in jobs if job.state == _OPEN]
             if left:
-                self.begin(left[1:])
-                job = left[0]
+                job = left.popleft()
+                while left and self._hand_out(left[-1]):
+                    handed.append(left.pop())
                 job.done(comparer.do(self._store, job.kind, job.arguments, breathe))
-            elif all(job.state == _DONE for job in jobs):
-                break
             else:
-                self._wait()
+                left.extend(job for job in handed if job.state == _OPEN)  # of those that were lost
+                handed = [job for job in handed if job.state == _HANDED]
+                if handed and not left:
+                    self._wait()
             breathe()
         self._kept_until = time.monotonic() + _IDLE_SECONDS
 

@@ -6,6 +6,7 @@ meanwhile with the portion before.  What must hold is what verify.py says; nothi
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -73,7 +74,8 @@ def begin_chains(
     host: Host, wanted: dict[int, list[Chain]], outcome: Outcome
 ) -> Callable[[], dict[int, list[Chain]]]:
     """Begin to compare the chains of each target; what is called for their equal parts."""
-    todo: dict[int, list[tuple[Chain, array[int], list[Job]]]] = {}
+    todo: list[tuple[int, Chain, array[int]]] = []
+    parts: list[comparer.Part] = []  # one or several for each of them
     for number, mine in wanted.items():
         target = host.targets.get(number)
         if target is None:
@@ -81,36 +83,50 @@ def begin_chains(
             continue
         for chain in mine:
             numbers, slots = chains.allowed(host.store, target.user, chain, outcome.skip)
-            jobs = [
-                Job(comparer.PAGES, target.link.agent.tid, chain.addr, numbers[low:high], slots[low:high])
-                for low in range(0, len(numbers), JOB_PAGES)
-                if (high := low + JOB_PAGES)
-            ]
-            todo.setdefault(number, []).append((chain, numbers, jobs))
+            todo.append((number, chain, numbers))
+            for low in range(0, len(numbers), JOB_PAGES):
+                some = slice(low, low + JOB_PAGES)
+                parts.append((target.link.agent.tid, chain.addr, numbers[some], slots[some]))
             host.breathe()
-    all_jobs = [job for mine in todo.values() for _, _, jobs in mine for job in jobs]
-    if len(all_jobs) > 1:
-        host.comparers.begin(all_jobs)
+    jobs = [Job(comparer.PAGES, some) for some in _shares(parts)]
+    if len(jobs) > 1:
+        host.comparers.begin(jobs)
 
     def finish() -> dict[int, list[Chain]]:
-        host.comparers.finish(all_jobs, host.breathe)
-        equal: dict[int, list[Chain]] = {}
-        for number, mine in todo.items():
-            if any(job.answer is None for _, _, jobs in mine for job in jobs):
+        host.comparers.finish(jobs, host.breathe)
+        answers = (answer for job in jobs for answer in job.answer)
+        equal: dict[int, list[Chain]] = {number: [] for number, _, _ in todo}
+        for number, chain, numbers in todo:
+            found = list(itertools.islice(answers, -(-len(numbers) // JOB_PAGES)))
+            if None in found:
                 if number in host.targets:
                     host.drop(host.targets[number])
+                equal.pop(number, None)
+            if number not in equal:
                 continue
-            equal[number] = []
-            for chain, numbers, jobs in mine:
-                same = bytearray(len(chain.slots))
-                for page, one in zip(numbers, b"".join(job.answer for job in jobs), strict=True):
-                    same[page] = one
-                outcome.skip("differs", len(numbers) - same.count(1))
-                equal[number] += chain.parts(same)
+            same = bytearray(len(chain.slots))
+            for page, one in zip(numbers, b"".join(found), strict=True):
+                same[page] = one
+            outcome.skip("differs", len(numbers) - same.count(1))
+            equal[number] += chain.parts(same)
         faults.point("verified")
         return equal
 
     return finish
+
+
+def _shares(parts: list[comparer.Part]) -> Iterator[list[comparer.Part]]:
+    """`parts` in their order, as many pages together as make a job."""
+    share: list[comparer.Part] = []
+    pages = 0
+    for part in parts:
+        share.append(part)
+        pages += len(part[2])
+        if pages >= JOB_PAGES:
+            yield share
+            share, pages = [], 0
+    if share:
+        yield share
 
 
 def _wanted(host: Host, portion: list[Planned], outcome: Outcome) -> dict[int, list[Piece]]:
