@@ -2,7 +2,7 @@
 
 What must hold, and what happens if we die, is what commit.py says.  What is different: the agent's table is
 made before the freeze, from columns.  Nothing of that is relied on.  Inside the freeze all is looked at
-again: that the memory is one plain anonymous mapping with the same protection, that each page is calm, that
+again: that the memory is plain anonymous mappings with the same protection, that each page is calm, that
 nothing was locked, and who needs a border page.  Where anything is another way, the pieces go the long way.
 """
 
@@ -25,6 +25,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 
 _GROUP = 64  # runs that are watched by one entry at most: the agent is not stopped within
 _NEW_MAPPINGS = 2  # of a chain, beside one for each run: what is behind it, and a border page
+_GAP_WEIGHT = 0.05  # microseconds, a first guess: what looking at a page between chains takes in the freeze
 
 
 class _Part(NamedTuple):
@@ -53,11 +54,39 @@ class _Group(NamedTuple):
     watched: int
 
 
+class _Plain(NamedTuple):
+    """Stretches of memory, each in one plain mapping, and the protection of all of them."""
+
+    prot: int
+    stretches: list[tuple[int, int]]
+
+
+@dataclass
+class _Slice:
+    """What is to be mapped in one pause; `plain` where all of it lies in plain memory, else None."""
+
+    parts: list[_Part] = field(default_factory=list)
+    plain: _Plain | None = None
+    weight: float = 0.0  # guessed microseconds
+
+    def reach(self, start: int, end: int, vma: mappings.VmaQuery | None) -> None:
+        """It goes on from `start`, in `vma`, to `end`; what goes beyond a mapping is not plain."""
+        if self.plain is None:
+            return
+        stretches = self.plain.stretches
+        if vma is None or end > vma.end:
+            self.plain = None
+        elif stretches and stretches[-1][0] >= vma.start:
+            stretches[-1] = (stretches[-1][0], end)
+        else:
+            stretches.append((start, end))
+
+
 @dataclass
 class _Prepared:
-    """A table for parts in the mapping `vma`; for each part whether it gives up its last page."""
+    """A table for parts in plain memory; for each part whether it gives up its last page."""
 
-    vma: mappings.VmaQuery
+    plain: _Plain
     table: Table = field(default_factory=Table)
     groups: list[_Group] = field(default_factory=list)
     borders: list[bool] = field(default_factory=list)
@@ -78,49 +107,68 @@ class _ChainCommitter:
         todo = _Todo(sorted(chains, key=lambda chain: chain.addr))
         while todo:
             limit = self.by_piece.pace.limit(self.by_piece.max_pause_us)
-            parts, vma = self._slice(target, todo, limit)
+            chosen = self._slice(target, todo, limit)
+            parts = chosen.parts
             if len(parts) == 1 and len(parts[0].runs) == 1 and _weight(parts[0].runs) > limit:
                 yield from self.by_piece.steps(target, parts[0].pieces())  # which cuts a long run
                 continue
             need = _mappings(parts)
             room = self.by_piece.budget.room(need)
             if need > room:
-                parts, left_out = _within(parts, room)
+                chosen.parts, left_out = _within(parts, room)
                 self.by_piece.outcome.skip("vma-budget", left_out)
-            self.by_piece.budget.spend(_mappings(parts))
-            if parts:
-                yield from self._commit(target, parts, vma)
+            self.by_piece.budget.spend(_mappings(chosen.parts))
+            if chosen.parts:
+                yield from self._commit(target, chosen)
             else:
                 self.by_piece.outcome.skip("vma-budget", todo.drop())
 
-    def _slice(
-        self, target: Target, todo: _Todo, left: float
-    ) -> tuple[list[_Part], mappings.VmaQuery | None]:
-        """Runs of a weight of `left`, of one mapping if it is a plain one, which is told then."""
-        parts: list[_Part] = []
+    def _slice(self, target: Target, todo: _Todo, limit: float) -> _Slice:
+        """Runs of a weight of `limit`, in plain memory of one protection if the first are in such memory."""
+        chosen = _Slice()
         runs = 0
-        start, end = todo.next_chain()
-        vma = target.query(start)
-        plain = vma is not None and self._is_plain(target, start, min(end, vma.end), vma)
+        vma: mappings.VmaQuery | None = None
         while todo and runs < MAX_SLICE_RUNS:
             start, end = todo.next_chain()
-            if parts and (not plain or vma is None or end > vma.end):
+            weight = 0.0
+            if not chosen.parts:
+                vma = target.query(start)
+                chosen.plain = self._plain_at(target, start, end, vma)
+            elif chosen.plain is None or vma is None:
                 break
-            part = todo.take(left, MAX_SLICE_RUNS - runs, at_least=not parts)
+            else:
+                weight = (start - chosen.parts[-1].runs.ends[-1]) // PAGE_SIZE * _GAP_WEIGHT
+                if start >= vma.end:
+                    vma, weight = target.query(start), weight + ENTRY_WEIGHT
+                    plain = self._plain_at(target, start, end, vma)
+                    if vma is None or plain is None or plain.prot != chosen.plain.prot:
+                        break
+                if end > vma.end:
+                    break
+            left = limit - chosen.weight - weight
+            part = todo.take(left, MAX_SLICE_RUNS - runs, at_least=not chosen.parts)
             if part is None:
                 break
-            parts.append(part)
+            chosen.parts.append(part)
+            chosen.weight += weight + _weight(part.runs)
             runs += len(part.runs)
-            left -= _weight(part.runs)
-        return parts, vma if plain else None
+            chosen.reach(start, part.runs.ends[-1], vma)
+        return chosen
 
-    def _commit(self, target: Target, parts: list[_Part], vma: mappings.VmaQuery | None) -> Iterator[float]:
-        prepared = self._prepared(target, parts, vma) if vma is not None else None
+    def _plain_at(self, target: Target, start: int, end: int, vma: mappings.VmaQuery | None) -> _Plain | None:
+        """The protection of [start, end) as far as it lies in `vma`, if that is plain memory."""
+        if vma is None or not self._is_plain(target, start, min(end, vma.end), vma):
+            return None
+        return _Plain(protection(vma), [])
+
+    def _commit(self, target: Target, chosen: _Slice) -> Iterator[float]:
+        parts = chosen.parts
+        prepared = self._prepared(target, parts, chosen.plain) if chosen.plain is not None else None
         if prepared is None:
             for part in parts:
                 yield self.by_piece.commit_slice(target, part.pieces(), part.behind)
             return
-        with self.by_piece.paused(target, sum(_weight(part.runs) for part in parts)):
+        with self.by_piece.paused(target, chosen.weight):
             if self._holds(target, parts, prepared):
                 faults.point("commit-validated")
                 self._perform(target, parts, prepared)
@@ -132,20 +180,16 @@ class _ChainCommitter:
             faults.point("commit-mapped")
         yield self.by_piece.outcome.pauses_us[-1] / 1e6
 
-    def _prepared(self, target: Target, parts: list[_Part], vma: mappings.VmaQuery) -> _Prepared | None:
+    def _prepared(self, target: Target, parts: list[_Part], plain: _Plain) -> _Prepared | None:
         """What maps `parts` if all prove valid; None where it takes more."""
-        if parts[-1].runs.ends[-1] > vma.end:
-            return None
-        prepared = _Prepared(vma)
+        prepared = _Prepared(plain)
         for part in parts:
             border = self.by_piece.needs_border(target, part.last(), part.behind)
             prepared.borders.append(border)
             runs = _without_last_page(part.runs) if border else part.runs
             for first in range(0, len(runs), _GROUP):
                 group = runs.part(first, min(first + _GROUP, len(runs)))
-                at = target.add_map_each(
-                    prepared.table, group.starts, group.ends, group.slots, protection(vma)
-                )
+                at = target.add_map_each(prepared.table, group.starts, group.ends, group.slots, plain.prot)
                 watched = target.add_register(
                     prepared.table, group.starts[0], group.ends[-1] - group.starts[0]
                 )
@@ -166,16 +210,19 @@ class _ChainCommitter:
 
     def _holds(self, target: Target, parts: list[_Part], prepared: _Prepared) -> bool:
         """Whether all that was prepared is what is to be done."""
-        start, end = parts[0].runs.starts[0], parts[-1].runs.ends[-1]
-        vma = target.query(start)
-        if vma is None or end > vma.end or not self._is_plain(target, start, end, vma):
-            return False
-        if protection(vma) != protection(prepared.vma) or self.by_piece.locked_anew(target):
+        for start, end in prepared.plain.stretches:
+            vma = target.query(start)
+            if vma is None or end > vma.end or protection(vma) != prepared.plain.prot:
+                return False
+            if not self._is_plain(target, start, end, vma):
+                return False
+        if self.by_piece.locked_anew(target):
             return False
         borders = [self.by_piece.needs_border(target, part.last(), part.behind) for part in parts]
         if borders != prepared.borders:
             return False
         wanted = [Piece(0, part.runs.starts[0], part.runs.pages, None) for part in parts]
+        start, end = parts[0].runs.starts[0], parts[-1].runs.ends[-1]
         return intersect(wanted, self.by_piece.calm(target, start, end)) == wanted
 
     def _perform(self, target: Target, parts: list[_Part], prepared: _Prepared) -> None:
@@ -201,7 +248,7 @@ class _ChainCommitter:
                 else:
                     failed.append(piece)
         for piece in failed:
-            self.by_piece.cure(target, piece, protection(prepared.vma), [])
+            self.by_piece.cure(target, piece, prepared.plain.prot, [])
 
     def _note_border(self, target: Target, page: int) -> None:
         self.by_piece.outcome.skip("border-page", 1)

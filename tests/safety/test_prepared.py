@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from gpuksm import wire
@@ -50,19 +54,26 @@ for line in sys.stdin:
 )
 
 
-def _commit(world: World, victims: list[Victim], meanwhile: str) -> dict[str, object]:
-    """Merge what `victims` share page by page; the second one is told `meanwhile` when all is prepared."""
+def _commit(
+    world: World, victims: list[Victim], meanwhile: str, before: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Merge what `victims` share page by page; the second one is told `meanwhile` when all is prepared.
+
+    By then its pages `before` are mappings of their own already, and the others lie between them.
+    """
     guard = standstill.start_standing_still(world, "prepared", victims[0])
     scanner = Scanner(world, victims)
     (one, _), (two, _) = (victim.area("area") for victim in victims)
     first, second = scanner.targets
     flag = wire.FLAG_NEW_EXTENT
-    plan = [
-        (wire.OP_FILL, flag, 0, first, one, PAGES, 0, 0, 0, 0),
-        (wire.OP_MAP_EACH, 0, 0, second, two, PAGES, 0, 0, 0, PAGES),
-    ]
     # The last slot is where the hole begins: what maps it needs no border page.
     slots = [*range(PAGES - 2, -1, -1), PAGES - 1]
+    plan = [(wire.OP_FILL, flag, 0, first, one, PAGES, 0, 0, 0, 0)]
+    for page in before:
+        plan.append((wire.OP_MAP, flag, 0, second, two + page * 4096, 1, 0, slots[page], 0, 0))
+    for low, high in itertools.pairwise([-1, *before, PAGES]):
+        count = high - low - 1
+        plan.append((wire.OP_MAP_EACH, 0, 0, second, two + (low + 1) * 4096, count, 0, 0, 0, PAGES + low + 1))
     column = [0] * PAGES + [wire.EACH_NEW_EXTENT + slot for slot in slots]
 
     def act() -> None:
@@ -76,23 +87,32 @@ def _commit(world: World, victims: list[Victim], meanwhile: str) -> dict[str, ob
         standstill.let_go(world.guard_processes())
 
 
+BETWEEN = (5, 11, 17)
+
+
+@pytest.mark.parametrize("before", [(), BETWEEN])
 @pytest.mark.parametrize(
     ("meanwhile", "skipped"),
     [
         ("", {}),
-        ("write 5 7777", {"written": 1}),
-        ("fresh 5 3", {"written": 3}),
-        ("protect 5 3 1", {}),
+        ("write 7 7777", {"written": 1}),
+        ("fresh 7 3", {"written": 3}),
+        ("protect 7 3 1", {}),
         ("protect 0 24 1", {}),
-        ("lock 5 3", {"locked": PAGES}),
+        ("lock 7 3", {"locked": PAGES}),
         ("lock 0 24", {"locked": PAGES}),
     ],
 )
-def test_what_happens_after_preparing(world: World, meanwhile: str, skipped: dict[str, int]) -> None:
+def test_what_happens_after_preparing(
+    world: World, meanwhile: str, skipped: dict[str, int], before: Sequence[int]
+) -> None:
     victims = [world.python(_SCRIPT, order) for order in ("forwards", "backwards")]
     for victim in victims:
         victim.verify()  # it has turned its pages round by then
-    reply = _commit(world, victims, meanwhile)
+    reply = _commit(world, victims, meanwhile, before)
+    # One each for what fills, what is mapped before, and all that was prepared.
+    assert len(reply["pauses_us"]) == 2 + bool(before), "not all of it was prepared together"
+    skipped = {reason: pages - len(before) * (reason == "locked") for reason, pages in skipped.items()}
     found = {reason: pages for reason, pages in reply["skipped"].items() if reason != "border-page"}
     assert found == skipped, reply
     for victim in victims:
