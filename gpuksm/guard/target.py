@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
 import os
 from array import array
@@ -216,8 +217,9 @@ class Target:
         are tracked by that.
         """
         tracked = []
+        borders = sorted(self.borders)  # as many as regions, where merged pages are scattered
         for start, end in regions:
-            for low, high in self._unmerged(start, end):
+            for low, high in self._unmerged(start, end, borders):
                 try:
                     uffd.register(self.link.uffd_track, low, high - low)
                 except OSError:
@@ -256,9 +258,11 @@ class Target:
             if max(start, low) < min(end, high)
         ]
 
-    def _unmerged(self, start: int, end: int) -> list[tuple[int, int]]:
+    def _unmerged(self, start: int, end: int, borders: list[int]) -> list[tuple[int, int]]:
+        """The parts of [start, end) without merged memory and `borders`, the border pages, ascending."""
         busy = [(run.start, run.end) for run in self.runs.overlapping(start, end)]
-        busy += [(page, page + PAGE_SIZE) for page in self.borders if start <= page < end]
+        within = borders[bisect.bisect_left(borders, start) : bisect.bisect_left(borders, end)]
+        busy += [(page, page + PAGE_SIZE) for page in within]
         free, at = [], start
         for low, high in sorted(busy):
             if low > at:
