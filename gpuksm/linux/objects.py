@@ -61,7 +61,7 @@ def load(code: bytes, symbol: str) -> int:
     """Address of the function `symbol` of the object file `code`, made executable; Unlinkable."""
     try:
         return _load(code, symbol)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise Unlinkable(f"a damaged object file: {error}") from None
 
 

@@ -87,6 +87,14 @@ def test_damaged_files_are_refused_or_loaded_but_never_run(whole: bytes, data: s
         return
 
 
+def test_sections_beyond_what_an_address_can_be_are_damage(whole: bytes) -> None:
+    """Offset 40 of the header is where the table of sections begins, 8 bytes."""
+    damaged = bytearray(whole)
+    damaged[47] = 128
+    with pytest.raises(objects.Unlinkable, match="damaged"):
+        objects.load(bytes(damaged), "scaled")
+
+
 def test_the_processor_is_told() -> None:
     assert "flags:" in processor()
     assert processor() == processor()
