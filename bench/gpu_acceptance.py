@@ -281,7 +281,7 @@ def sort_rates(report: Report, device: Any, sizes: Sizes) -> None:
 
 def hashers() -> Iterator[tuple[str, Callable[[], Hasher]]]:
     """The backends this machine has."""
-    yield "cpu", lambda: CpuHasher(SEEDS[1])
+    yield "cpu", lambda: CpuHasher(SEEDS[1], usable_cpus())
     yield "cuda", lambda: CudaHasher(SEEDS[1])
     if opencl.unavailable() is None:
         yield "opencl", lambda: OpenClHasher(SEEDS[1])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,14 +130,6 @@ def test_a_long_run_is_cut_as_pieces_are() -> None:
     target: Any = SimpleNamespace(query=lambda _address: None)
     assert list(chain_commit.steps(committer, target, [Chain(3, ADDR, array("Q", range(500)))])) == [0.0]
     assert taken == [Piece(3, ADDR, 500, 0)]
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    made = Store()
-    yield made
-    for fd in (made.fd, made.read_only):
-        os.close(fd)
 
 
 def _content(key: int) -> bytes:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,6 @@ from tests.support.scanner import Scanner
 from tests.support.world import World
 
 PAGES, USER = 500, 7
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    made = Store()
-    yield made
-    for fd in (made.fd, made.read_only):
-        os.close(fd)
 
 
 class Memory:
