@@ -149,9 +149,10 @@ class Gpuksm:
     def __init__(self, processes: Processes, workload: Workload, folder: Path) -> None:
         self._processes = processes
         self._targets_idle = workload.rate is None
-        self._environment = {**os.environ, "GPUKSM_RUNTIME_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+        self.environment = {**os.environ, "GPUKSM_RUNTIME_DIR": str(folder), "PYTHONPATH": str(ROOT)}
         os.environ["GPUKSM_RUNTIME_DIR"] = str(folder)  # for GuardClient
         self._guard = self._keeper = 0
+        self.options: list[str] = []  # of the scan
         self._last: dict[str, Any] = {}
         self._peak_bytes = 0
 
@@ -161,7 +162,7 @@ class Gpuksm:
 
     def _scan(self) -> tuple[float, float]:
         """One scan; its wall and CPU seconds."""
-        ended = run_json(self._command("scan", "--json"), self._environment)
+        ended = run_json(self._command("scan", "--json", *self.options), self.environment)
         self._last, self._peak_bytes = ended.printed, ended.peak_bytes
         return ended.wall, ended.cpu
 
@@ -221,7 +222,7 @@ class Gpuksm:
             self._command("daemon", "--interval", f"{min(1.0, seconds)}s"),
             stdout=silence,
             stderr=silence,
-            env=self._environment,
+            env=self.environment,
         )
         try:
             self._settle(daemon)

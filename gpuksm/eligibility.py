@@ -14,6 +14,7 @@ import os
 import re
 import stat as statlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, NotPermitted, TargetGone, Unsupported
@@ -29,6 +30,9 @@ _HARMLESS_LINK = re.compile(
     r"(pipe:|anon_inode:(\[(eventfd|eventpoll|timerfd|signalfd|fanotify|pidfd|perf_event)\]|inotify$|bpf[-_])"
     r"|pidfd:|(net|mnt|pid|uts|ipc|user|cgroup|time)(_for_children)?:\[)"
 )
+_KVM_LINK = re.compile(r"anon_inode:kvm-(vm|vcpu:\d+|vm-stats|vcpu-stats:\d+)")
+_KVM_DEVICE = (10, 232)
+_MODULES = Path("/sys/module")
 # Protocols that copy: not XDP (shares memory with a network card), RDS or SMC.
 _HARMLESS_SOCKETS = re.compile(
     r"((TCP|MPTCP|UDP|RAW|PING|SCTP)(v6)?|UDP-Lite|UDPLITEv6|UNIX(-STREAM)?|NETLINK|PACKET|AF_VSOCK|KEY|ALG)"
@@ -50,15 +54,17 @@ class Allowed(NamedTuple):
     """What the user knows to do no harm, and would otherwise be a reason to skip a process.
 
     `seccomp`: its filters; `direct_io`: descriptors through which devices might write to its memory;
-    `peer_writes`: libraries by which other processes might.
+    `peer_writes`: libraries by which other processes might; `kvm`: that it is a virtual machine.
     """
 
     seccomp: bool = False
     direct_io: bool = False
     peer_writes: bool = False
+    kvm: bool = False
 
 
-EVERYTHING = Allowed(seccomp=True, direct_io=True, peer_writes=True)
+NOTHING = Allowed()
+EVERYTHING = Allowed(seccomp=True, direct_io=True, peer_writes=True, kvm=True)
 
 
 class Region(NamedTuple):
@@ -184,7 +190,7 @@ def writer_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
 
     Raises TargetGone and NotPermitted.
     """
-    return _peer_reason(pid, allowed.peer_writes) or pinning_reason(pid, allowed.direct_io)
+    return _peer_reason(pid, allowed.peer_writes) or pinning_reason(pid, allowed)
 
 
 def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
@@ -198,14 +204,14 @@ def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
     )
 
 
-def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
+def pinning_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
     """Why devices may write to memory of process `pid` unseen, or None.
 
     Descriptors come and go: what was harmless at attaching may not be at a commit.
     Raises TargetGone and NotPermitted.
     """
     advice = "devices may write to its memory unseen; if you know that none does: --allow-direct-io"
-    if not allow_direct_io:
+    if not allowed.direct_io:
         pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
         if pinned != "0":
             return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
@@ -220,12 +226,41 @@ def pinning_reason(pid: int, allow_direct_io: bool) -> GpuksmError | None:
             if link == "anon_inode:[userfaultfd]":
                 return Unsupported(f"process {pid} uses userfaultfd itself; leave it out")
             try:
-                harmless = allow_direct_io or _harmless_descriptor(table, fd, link)
+                if not allowed.direct_io and _is_of_kvm(table, fd, link):
+                    if not allowed.kvm and kvm_pins():
+                        return Unsupported(
+                            f"process {pid} is a virtual machine (KVM), and where machines run within it KVM "
+                            "writes to some of its pages unseen; if you know that none do: --allow-kvm"
+                        )
+                    continue
+                harmless = allowed.direct_io or _harmless_descriptor(table, fd, link)
             except TargetGone:
                 continue  # closed meanwhile
             if not harmless:
                 return Unsupported(f"process {pid} has descriptor {fd} open on {link!r}; {advice}")
     return None
+
+
+def kvm_pins() -> bool:
+    """Whether this host's KVM may keep pages of its machines for good: where it lets them run machines.
+
+    For a machine within a machine it holds pages of the outer one without telling anybody
+    (kvm_vcpu_map).  All else that it does to a guest's memory it does by way of the page tables, or is told
+    of their changes.
+    """
+    settings = _MODULES.glob("kvm*/parameters/nested")
+    return any(setting.read_text().strip() not in ("N", "0") for setting in settings)
+
+
+def _is_of_kvm(pid: int, fd: int, link: str) -> bool:
+    if not link.startswith("/dev/"):
+        return _KVM_LINK.fullmatch(link) is not None
+    info = procfs.fd_mode(pid, fd)
+    return statlib.S_ISCHR(info.st_mode) and (os.major(info.st_rdev), os.minor(info.st_rdev)) == _KVM_DEVICE
+
+
+def _is_virtual_machine(pid: int) -> bool:
+    return any(link == "anon_inode:kvm-vm" for link in procfs.fd_targets(pid).values())
 
 
 def _descriptor_tables(pid: int) -> Iterator[int]:
@@ -282,7 +317,7 @@ _FLAG_REASONS = (
     ("ex", "executable"),
     ("wf", "wipe-on-fork"),
     ("dd", "dont-dump"),
-    ("dc", "dont-fork"),  # memory registered with RDMA, and the agent's own
+    ("dc", "dont-fork"),
     ("dp", "droppable"),
     ("sl", "sealed"),
     ("um", "userfaultfd"),
@@ -290,11 +325,11 @@ _FLAG_REASONS = (
 )
 
 
-def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False) -> str | None:
+def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False, unforked: bool = False) -> str | None:
     """Why no page of this VMA is merged, in one or two words, or None.
 
     PROT_NONE and read-only memory is eligible.  `tracked` says that the guard
-    is attached, so that write tracking on the VMA is its own.
+    is attached, so that write tracking on the VMA is its own, `unforked` that MADV_DONTFORK is no reason.
     """
     vma, flags = entry.vma, entry.flags
     if vma.path.startswith(STORE_PATH):
@@ -304,7 +339,7 @@ def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False) -> str | None
     if vma.perms[3] == "s":
         return "shared"
     for flag, reason in _FLAG_REASONS:
-        if flag in flags:
+        if flag in flags and not (unforked and flag == "dc"):
             return reason
     if vma.path.startswith("[stack"):
         return "stack"
@@ -315,6 +350,14 @@ def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False) -> str | None
     if vma.inode or vma.path.startswith("/") or vma.dev.strip("0") != ":":
         return "file-backed"
     return None
+
+
+def _may_replace_unforked(pid: int, allowed: Allowed) -> bool:
+    """Whether memory that the process keeps from its children may be merged.
+
+    Virtual machines keep their guests' so, and RDMA what devices write to, which only `direct_io` lets in.
+    """
+    return not allowed.direct_io or _is_virtual_machine(pid)
 
 
 def _resident(entry: mappings.SmapsVma, reason: str) -> int:
@@ -348,11 +391,17 @@ def united(ranges: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]] | 
 
 
 def regions(
-    pid: int, ranges: Sequence[tuple[int, int]] | None = None, *, tracked: bool = False
+    pid: int,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    *,
+    tracked: bool = False,
+    allowed: Allowed = NOTHING,
+    entries: list[mappings.SmapsVma] | None = None,
 ) -> tuple[list[Region], dict[str, int]]:
     """The regions of process `pid` that may be merged, in address order, and what is left out.
 
-    `ranges` (bytes, from registration) limits them to the page-aligned insides.
+    `ranges` (bytes, from registration) limits them to the page-aligned insides; `entries` is what smaps says
+    of the process, where that is known.
     The second value counts, by reason, resident pages of VMAs that are left out
     (of files only those the process has written to; merged memory is not left
     out).  Raises TargetGone and NotPermitted.
@@ -360,12 +409,13 @@ def regions(
     wanted = united(ranges)
     found: list[Region] = []
     skipped: dict[str, int] = {}
-    for entry in mappings.smaps(pid):
+    unforked = _may_replace_unforked(pid, allowed)
+    for entry in mappings.smaps(pid) if entries is None else entries:
         vma = entry.vma
         parts = list(_cut(vma.start, vma.end, wanted))
         if not parts:
             continue
-        reason = vma_reason(entry, tracked=tracked)
+        reason = vma_reason(entry, tracked=tracked, unforked=unforked)
         if reason is None:
             prot = PROT_READ * (vma.perms[0] == "r") | PROT_WRITE * (vma.perms[1] == "w")
             found.extend(Region(start, end, prot) for start, end in parts)

@@ -27,6 +27,7 @@ _WP_UNPOPULATED = 1 << 13
 _SYS_USERFAULTFD = 323
 _UFFD_USER_MODE_ONLY = 1
 _MOST_MAPPINGS = 300_000
+_KVM_CREATE_VM = 0xAE01
 
 
 def required(name: str) -> bool:
@@ -115,6 +116,22 @@ def _userfaultfd_device() -> str:
     return "" if os.access("/dev/userfaultfd", os.R_OK | os.W_OK) else "/dev/userfaultfd cannot be opened"
 
 
+@functools.cache
+def _kvm() -> str:
+    """Empty when a virtual machine can be made."""
+    try:
+        device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return str(error)
+    try:
+        os.close(fcntl.ioctl(device, _KVM_CREATE_VM, 0))
+    except OSError as error:
+        return str(error)
+    finally:
+        os.close(device)
+    return ""
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "uffd": _uffd,
     "thread_pidfd": _thread_pidfd,
@@ -123,4 +140,5 @@ PROBES: dict[str, Callable[[], str]] = {
     "map_limit": _map_limit,
     "userfaultfd_device": _userfaultfd_device,
     "memory": _memory,
+    "kvm": _kvm,
 }

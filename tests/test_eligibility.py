@@ -259,13 +259,22 @@ def test_each_kind_of_vma_has_its_reason(kinds):
     pid, places = kinds
     for name, address in places.items():
         found, skipped = eligibility.regions(pid, [(address, address + 8 * PAGE)])
-        if name in ("plain", "readonly", "none"):
-            prot = {"plain": 3, "readonly": 1, "none": 0}[name]
+        prot = {"plain": 3, "dont-fork": 3, "readonly": 1, "none": 0}.get(name)
+        if prot is not None:
             assert found == [(address, address + 8 * PAGE, prot)], name
             assert skipped == {}
         else:
             assert found == [], name
             assert skipped == {name: 8}, name
+
+
+def test_what_children_miss_is_merged_unless_devices_are_let_in(kinds):
+    pid, places = kinds
+    address = places["dont-fork"]
+    wanted = [(address, address + 8 * PAGE)]
+    assert eligibility.regions(pid, wanted) == ([(*wanted[0], 3)], {})
+    allowed = eligibility.Allowed(direct_io=True)
+    assert eligibility.regions(pid, wanted, allowed=allowed) == ([], {"dont-fork": 8})
 
 
 def test_ranges_are_cut_to_their_page_aligned_inside(kinds):

@@ -81,6 +81,11 @@ _ALLOWED = (
         is_flag=True,
         help="Also processes into whose memory others may write (MPI by cross-memory attach).",
     ),
+    click.option(
+        "--allow-kvm",
+        is_flag=True,
+        help="Also virtual machines (KVM) on a host that lets them run machines themselves, if none does.",
+    ),
 )
 
 

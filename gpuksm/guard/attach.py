@@ -153,6 +153,8 @@ def _usable(tid: int, memory: int, stop: ptrace.Stop) -> bool:
     """True for a thread whose registers may be borrowed: stopped by us, not in an rseq section."""
     if stop.kind != "stop" or stop.event != ptrace.EVENT_STOP or stop.signal != ptrace.SIGTRAP:
         return False
+    if procfs.stat(tid).flags & procfs.PF_USER_WORKER:
+        return False  # never runs the program's code: vhost, KVM, io_uring
     try:
         area = ptrace.rseq_area(tid)
     except OSError:

@@ -32,7 +32,7 @@ class Batch:
 
     def room(self) -> bool:
         """Whether a run with a border page still fits, and what closes the group."""
-        return self.table.room(8, 192)
+        return self.table.room(9, 192)
 
     def add_zeros(self, piece: Piece) -> None:
         """Give the pages of `piece` back."""
@@ -48,7 +48,7 @@ class Batch:
     def add_run(self, piece: Piece, prot: int, merged: bool) -> None:
         """Map the slots of `piece` over it; what is `merged` there already is unwatched first."""
         group = self.runs[self._first :]
-        joins = bool(group) and group[-1][0].end == piece.addr and len(group) < _GROUP and not merged
+        joins = bool(group) and self._continues(group[-1][0], piece) and len(group) < _GROUP and not merged
         if not joins:
             self.close()
         index = self.target.add_map_store(
@@ -65,11 +65,17 @@ class Batch:
             self.merged.add(piece.addr)
             self.close()
 
+    def _continues(self, before: Piece, piece: Piece) -> bool:
+        """Whether `piece` lies behind the one before it, in memory of the same advice."""
+        advice = self.target.advice
+        return before.end == piece.addr and advice.at(before.addr) == advice.at(piece.addr)
+
     def close(self) -> None:
         """Watch what was mapped since the last time."""
         count = len(self.runs) - self._first
         if count:
             start, end = self.runs[self._first][0].addr, self.runs[-1][0].end
             index = self.target.add_register(self.table, start, end - start)
+            self.target.add_unforked(self.table, start, end - start)
             self.watched += [index] * count
             self._first += count

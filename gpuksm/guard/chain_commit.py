@@ -190,9 +190,9 @@ class _ChainCommitter:
             for first in range(0, len(runs), _GROUP):
                 group = runs.part(first, min(first + _GROUP, len(runs)))
                 at = target.add_map_each(prepared.table, group.starts, group.ends, group.slots, plain.prot)
-                watched = target.add_register(
-                    prepared.table, group.starts[0], group.ends[-1] - group.starts[0]
-                )
+                start, size = group.starts[0], group.ends[-1] - group.starts[0]
+                watched = target.add_register(prepared.table, start, size)
+                target.add_unforked(prepared.table, start, size)
                 prepared.groups.append(_Group(part.record, group, at, watched))
             if border:
                 target.add_border(prepared.table, part.runs.ends[-1] - PAGE_SIZE)

@@ -27,12 +27,14 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpuksm import eligibility
 from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal, places
+from gpuksm.guard.advice import DONTFORK, Advice, Advised
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.inventory import Inventory, runs_in
@@ -58,6 +60,15 @@ class Read(NamedTuple):
     grown: int | None = None
 
 
+class Inherited(NamedTuple):
+    """What a child has of its parent, beside what it maps; see `Target`."""
+
+    borders: set[int]
+    coredump_filter: int | None
+    advice: list[Advised]
+    filters: int
+
+
 @dataclass
 class Orphan:
     """A forked child that has no agent yet; `uffd_event` is None for one that the tether holds."""
@@ -80,6 +91,7 @@ class Orphan:
     guessed: bool = False  # the pid was searched for
     word: int | None = None  # what the agent of the guard before us waits for
     inventory: Inventory | None = None
+    advice: list[Advised] = field(default_factory=list)  # see advice.py
     filters: int = 0  # seccomp filters under which it may be given an agent although they cannot be read
 
     # attach.ForkedChild
@@ -113,7 +125,8 @@ class Orphan:
                 continue
             if event.kind == uffd.EVENT_FORK:
                 # On its own from here on, whatever becomes of us: its events wait for somebody.
-                child = forked(self.guard, self.id, event.a, self.borders, self.coredump_filter, self.filters)
+                has = Inherited(set(self.borders), self.coredump_filter, self.advice, self.filters)
+                child = forked(self.guard, self.id, event.a, has)
                 self.guard.orphans.append(child)
             else:
                 self.read.append(Read(event, _size_asked_for(event, calls)))
@@ -208,6 +221,7 @@ class Orphan:
             raise
         target.coredump_filter = self.coredump_filter
         target.tethered = self.tethered
+        target.advice = Advice(self.advice)
         self.guard.adopt(target)
         if self.copy is not None:
             drop_copy(target, self.guard.store, self.guard.journal, self.copy)
@@ -379,14 +393,7 @@ def _late(
             events.forget_store(guard, target, low, high)
 
 
-def forked(
-    guard: Guard,
-    parent: int,
-    uffd_event: int,
-    borders: set[int],
-    coredump_filter: int | None,
-    filters: int,
-) -> Orphan:
+def forked(guard: Guard, parent: int, uffd_event: int, has: Inherited) -> Orphan:
     """A child whose userfaultfd was just read, with what it has of its parent."""
     number = guard.held_as(uffd_event)
     if number is None:
@@ -398,7 +405,13 @@ def forked(
         parent,
         uffd_event,
         number,
-        borders=set(borders),
-        coredump_filter=coredump_filter,
-        filters=filters,
+        borders=has.borders,
+        coredump_filter=has.coredump_filter,
+        advice=inherited(has.advice),
+        filters=has.filters,
     )
+
+
+def inherited(advice: Iterable[Advised]) -> list[Advised]:
+    """What a child has of its parent's `advice`: that on memory which it has."""
+    return [each for each in advice if not each[2] & DONTFORK]

@@ -23,6 +23,7 @@ from gpuksm.linux import uffd, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.descriptors import await_readable
 
+_MADV_DONTDUMP = 16
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -154,6 +155,8 @@ def reserve_mappings(agent: Agent) -> None:
     table = Table()
     for offset in UNUSED_OFFSETS:
         table.add(arch.current().NR.MPROTECT, agent.block + offset, PAGE_SIZE, 0)
+    # Nobody's data, so that it is not taken for the program's.
+    table.add(arch.current().NR.MADVISE, agent.block, arch.current().BLOCK_BYTES, _MADV_DONTDUMP)
     with contextlib.suppress(TargetGone, AgentStuck):  # whoever uses the agent next finds that out
         agent.perform(table)
 

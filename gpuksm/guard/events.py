@@ -36,6 +36,7 @@ from typing import Protocol
 
 from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, callers, faults
+from gpuksm.guard.advice import calls_for
 from gpuksm.guard.agent import Table
 from gpuksm.guard.freeze import Freeze, FreezeFailed
 from gpuksm.guard.journal import BORDER, DISCARD, Journal
@@ -189,12 +190,12 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
     while pieces:
         table = Table()
         done: list[tuple[Run, int]] = []
-        while pieces and table.room(6, 96):
+        while pieces and table.room(9, 96):
             piece = pieces.pop(0)
             vma = target.query(piece.start)
             index = -1
             if vma is not None and vma.inode == host.store.inode:
-                stop = min(piece.end, vma.end)
+                stop = min(piece.end, vma.end, target.advice.until(piece.start))
                 if stop < piece.end:
                     pieces.insert(0, piece.cut(stop, piece.end))
                     piece = piece.cut(piece.start, stop)
@@ -214,10 +215,12 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
 
 
 def _add_zeros(target: Target, table: Table, start: int, end: int, vma: mappings.VmaQuery) -> int:
-    """Replace [start, end), in the merged mapping `vma`, by zeros as protected and locked as that."""
+    """Replace [start, end), in the merged mapping `vma`, by zeros with its protection, lock and advice."""
     index = target.add_map_zeros(table, start, end - start, protection(vma))
     if target.locked(vma.start):
         table.add(arch.current().NR.MLOCK, start, end - start, linked=True)
+    for call in calls_for(target.advice.at(start)):
+        table.add(arch.current().NR.MADVISE, start, end - start, call, linked=True)
     return index
 
 
@@ -293,7 +296,7 @@ def _moved(
     if new != old:
         kept = min(_round_up(old_size), _round_up(new_size))
         arrived = list(_arrived(host, target, moved, old, old + kept, new - old, keeps))
-        _follow(target, arrived, new - old)
+        _follow(host, target, arrived, new - old)
         if keeps:
             for piece in arrived:
                 forget_store(host, target, piece.start, piece.end)
@@ -359,14 +362,16 @@ def _find_moved(host: Host, target: Target, first: Run, old: int) -> int | None:
     return None
 
 
-def _follow(target: Target, arrived: list[Run], delta: int) -> None:
-    """Move runs by `delta` in the ledger.  Border pages do not come along: ends are settled anew."""
+def _follow(host: Host, target: Target, arrived: list[Run], delta: int) -> None:
+    """Move runs and advice by `delta` in the ledger.  Border pages stay behind: ends are settled anew."""
     if not arrived:
         return
     there = [Run(run.start + delta, run.end + delta, run.slot) for run in arrived]
     for low, high, _ in (*arrived, *there):
         target.runs.remove(low, high)
         target.borders -= {page for page in target.borders if low <= page < high}
+    moved = [(run.start, run.end) for run in arrived]
+    target.note_advice(host.journal, target.advice.moved(moved, delta))
     for run in there:
         target.runs.add(run)
         target.tainted.append((run.start, run.end))
@@ -383,11 +388,12 @@ def forget_store(host: Host, target: Target, start: int, end: int) -> None:
     table = Table()
     mapped: list[tuple[int, Run]] = []
     at = start
-    while at < end and table.room(3, 32):
+    while at < end and table.room(7, 32):
         vma = mappings.query_vma(target.maps, at)
         if vma is None or vma.start >= end:
             break
         low, high = max(at, vma.start), min(end, vma.end)
+        high = min(high, target.advice.until(low))
         if vma.inode == host.store.inode:
             piece = Run(low, high, (vma.offset + low - vma.start) // PAGE_SIZE)
             mapped.append((_add_zeros(target, table, low, high, vma), piece))
@@ -425,7 +431,7 @@ def _apply(host: Host, target: Target, event: uffd.Event, freeze: Freeze, held: 
         old, new, size = event.a, event.b, event.c
         # What is at its new place in the ledger, too, shows zeros at the old one, which stayed mapped.
         runs = target.runs.overlapping(old, old + size)
-        _follow(target, [run for run in runs if not _is_followed(target, run, new - old)], new - old)
+        _follow(host, target, [run for run in runs if not _is_followed(target, run, new - old)], new - old)
         target.tainted.append((new, new + size))
         _settle(host, target, [old, new + size], freeze)
     elif event.kind == uffd.EVENT_UNMAP:

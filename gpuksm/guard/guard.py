@@ -118,16 +118,13 @@ class Guard:
             raise Unsupported(f"process {pid} {MUZZLED}")
         elif (reason := eligibility.writer_reason(pid, allowed)) is not None:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
-        target.allow_direct_io = allowed.direct_io
-        regions, skipped = eligibility.regions(pid, ranges, tracked=True)
-        regions = [region for region in regions if not target.is_own(region.start, region.end)]
+        target.allowed = allowed
         try:
             with self.frozen(target):
                 pass  # applies pending events, so that tracking starts from a true ledger
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
-        tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
-        return target, tracking.cut_regions(regions, tracked), skipped
+        return target, *tracking.begin(target, self.journal, ranges)
 
     def _check_domain(self, pid: int) -> None:
         """Refuse a process whose user may not read what the store holds: its agent would let it."""
@@ -172,6 +169,8 @@ class Guard:
             self.journal.append(journal.COREDUMP, target.id, target.coredump_filter)
         if target.link.agent.filters:
             self.journal.append(journal.FILTERS, target.id, target.link.agent.filters)
+        for start, end, bits in target.advice:
+            self.journal.append(journal.ADVICE, target.id, start, end, bits)
         self.keep(f"track:{target.id}", target.link.uffd_track)
         self.keep(f"event:{target.id}", target.link.uffd_event)
         self.keep(f"word:{target.id}", target.link.agent.word)
@@ -339,8 +338,9 @@ class Guard:
 
     def forked(self, parent: Target, uffd_event: int, freeze: Freeze, held: list[int]) -> None:
         """events.Host: remember the child; it is adopted as soon as the parent runs again."""
-        borders, filters = parent.borders, parent.link.agent.filters
-        orphan = children.forked(self, parent.id, uffd_event, borders, parent.coredump_filter, filters)
+        filters = parent.link.agent.filters
+        has = children.Inherited(set(parent.borders), parent.coredump_filter, list(parent.advice), filters)
+        orphan = children.forked(self, parent.id, uffd_event, has)
         self.orphans.append(orphan)  # whatever fails from here on, it is served
         faults.point("fork-read")
         orphan.pid = children.pid_of_fork(parent, freeze, held)

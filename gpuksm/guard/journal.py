@@ -29,7 +29,7 @@ from gpuksm.linux.memory import punch_hole
 RECORD = struct.Struct("<IIQQQ")
 TARGET = 1  # 2 and 3 told what was mapped where
 GONE, EXTENT, DIGESTS, BORDER, REGISTER, UNREGISTER = range(4, 10)
-BORN, DISCARD, COREDUMP, COPY, HOME, NEXT, FILTERS = range(10, 17)
+BORN, DISCARD, COREDUMP, COPY, HOME, NEXT, FILTERS, ADVICE = range(10, 18)
 _PRIVATE = {DIGESTS, REGISTER, UNREGISTER, BORN}
 LEDGER_NAME = "gpuksm-ledger"
 _BEGIN = struct.Struct("<I")  # in the first record, behind its kind: the page at which the others begin
@@ -51,6 +51,8 @@ class Record(NamedTuple):
     COREDUMP: the target's coredump_filter before anything was merged in it.
     FILTERS: how many seccomp filters its agent had from the start; none where there is no such record.
     COPY: start, size of a copy that is to replace merged memory at c (0, 0: it has, or is gone).
+    ADVICE: start, end of memory of which the target has said something, and what, as bits of advice.py
+    (0, 0: none of all that was told before).
     BORN: the seed of the digests.
     HOME: whose ledger this is (waiting.home), inode of its store, when that was made, in clock
     ticks since boot; the first record, as BORN is of the private log.

@@ -48,5 +48,9 @@ def older_agents(pid: int, mine: int = 0) -> bool:
 
 
 def _blocks_all_signals(tid: int) -> bool:
-    """True for agents and for a thread within the bootstrap; the C library never blocks two of its own."""
-    return procfs.status(tid)["SigBlk"] == _ALL_SIGNALS
+    """True for agents and for a thread within the bootstrap; the C library never blocks two of its own.
+
+    Threads of the kernel in the process (vhost, KVM) do, too.
+    """
+    worker = procfs.stat(tid).flags & procfs.PF_USER_WORKER
+    return not worker and procfs.status(tid)["SigBlk"] == _ALL_SIGNALS

@@ -366,7 +366,7 @@ def _hindrance(target: Target) -> str | None:
 def _may_be_pinned(target: Target) -> bool:
     """True when devices may write to the target's memory unseen since it was attached (hazard 8)."""
     try:
-        return eligibility.pinning_reason(target.pid, target.allow_direct_io) is not None
+        return eligibility.pinning_reason(target.pid, target.allowed) is not None
     except NotPermitted:
         return True
     except TargetGone:

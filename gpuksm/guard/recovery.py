@@ -77,6 +77,9 @@ def _replay(guard: Guard) -> dict[int, children.Orphan]:
             orphans[record.target].coredump_filter = record.a
         elif record.kind == journal.FILTERS and record.target in orphans:
             orphans[record.target].filters = record.a
+        elif record.kind == journal.ADVICE and record.target in orphans:
+            advised = (record.a, record.b, record.c)
+            orphans[record.target].advice = [*orphans[record.target].advice, advised] if record.b else []
         elif record.kind == journal.GONE:
             orphans.pop(record.target, None)
         elif record.kind == journal.DISCARD:

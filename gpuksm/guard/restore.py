@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager
 
 from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, faults, places
+from gpuksm.guard.advice import DONTFORK, calls_for
 from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import BORDER, COPY, Journal
@@ -85,6 +86,7 @@ def restore_piece(target: Target, journal: Journal, start: int, end: int, *, bor
             any_locked = mappings.locked_kib(target.pid) != 0
             locked = any_locked and target.locked(vma.start)
             stop = min(end, vma.end) if any_locked else _end_of_alike(target, vma, end)
+            stop = min(stop, target.advice.until(start))
             _restore_part(target, journal, start, stop, protection(vma), locked, border)
         start = stop
 
@@ -141,17 +143,28 @@ def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:
 
 
 def _fill_copy(target: Target, start: int, size: int, fresh: int, prot: int) -> None:
-    """Copy a piece's present content to `fresh` and protect it alike; it is unmapped when that fails."""
+    """Copy a piece's present content to `fresh`, made alike in the rest; it is unmapped when that fails."""
     agent, nr = target.link.agent, arch.current().NR
     try:
         _copy(target, start, fresh, size)
         faults.point("restore-copied")
+        _advise(target, fresh, size, target.advice.at(start))
         if prot != PROT_READ | PROT_WRITE:
             agent.call(nr.MPROTECT, fresh, size, prot)
     except Exception:
         with contextlib.suppress(OSError, TargetGone, AgentStuck):
             agent.call(nr.MUNMAP, fresh, size)
         raise
+
+
+def _advise(target: Target, start: int, size: int, bits: int) -> None:
+    """Say again what was said of memory; only what a child would inherit has to be heard."""
+    table = Table()
+    for call in calls_for(bits):
+        table.add(arch.current().NR.MADVISE, start, size, call)
+    results = target.link.agent.perform(table)
+    if bits & DONTFORK and results[0] != 0:
+        raise RestoreFailed(f"process {target.pid} cannot keep {size} bytes from its children ({results[0]})")
 
 
 def _put_copy(target: Target, start: int, size: int, fresh: int, locked: bool, border: bool) -> None:
@@ -303,5 +316,7 @@ def fill_hole(target: Target, store: Store, run: Run, prot: int) -> None:
         store.read(run.slot + done, _BUFFER.view[: count * PAGE_SIZE])
         where = run.start + done * PAGE_SIZE
         vm.writev(agent.tid, [(_BUFFER.address, count * PAGE_SIZE)], [(where, count * PAGE_SIZE)])
+    for low, high, bits in target.advice.within([(run.start, run.end)]):
+        _advise(target, low, high - low, bits)
     if prot != PROT_READ | PROT_WRITE:
         agent.call(nr.MPROTECT, run.start, size, prot)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpuksm.errors import TargetGone
-from gpuksm.guard import arch, freeze
+from gpuksm.guard import advice, arch, freeze
 from gpuksm.linux import procfs, ptrace, seccomp, uffd
 
 MUZZLED = (  # said of a process
@@ -138,7 +138,7 @@ def calls_of_agent() -> list[tuple[str, int, tuple[int, ...]]]:
         ("mprotect", nr.MPROTECT, (0, 4096, 1)),
         ("munmap", nr.MUNMAP, ()),
         ("mlock", nr.MLOCK, ()),
-        ("madvise", nr.MADVISE, (0, 4096, 4)),
+        *(("madvise", nr.MADVISE, (0, 4096, call)) for call in advice.CALLS),
         *(("ioctl", nr.IOCTL, (0, request)) for request in (uffd.UFFDIO_REGISTER, uffd.UFFDIO_UNREGISTER)),
         ("exit", nr.EXIT, ()),
     ]

@@ -13,7 +13,18 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gpuksm.guard.journal import BORDER, COREDUMP, DIGESTS, EXTENT, FILTERS, NEXT, REGISTER, TARGET, Record
+from gpuksm.guard.journal import (
+    ADVICE,
+    BORDER,
+    COREDUMP,
+    DIGESTS,
+    EXTENT,
+    FILTERS,
+    NEXT,
+    REGISTER,
+    TARGET,
+    Record,
+)
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
@@ -50,6 +61,8 @@ def _ledger(guard: Guard) -> Iterator[Record]:
             yield Record(COREDUMP, target.id, target.coredump_filter, 0, 0)
         if target.link.agent.filters:
             yield Record(FILTERS, target.id, target.link.agent.filters, 0, 0)
+        for start, end, bits in target.advice:
+            yield Record(ADVICE, target.id, start, end, bits)
         for page in target.borders:
             yield Record(BORDER, target.id, page, 0, 0)
 

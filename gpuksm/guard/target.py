@@ -6,14 +6,17 @@ import bisect
 import operator
 import os
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from gpuksm.eligibility import NOTHING, Allowed
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
+from gpuksm.guard.advice import DONTFORK, Advice, Advised
 from gpuksm.guard.agent import Table
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
-from gpuksm.guard.journal import COREDUMP, Journal
+from gpuksm.guard.journal import ADVICE, COREDUMP, Journal
 from gpuksm.guard.runs import Runs
 from gpuksm.linux import mappings, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
@@ -21,7 +24,7 @@ from gpuksm.linux._libc import PAGE_SIZE
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 2, 0x10, 0x20, 0x4000
 MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
-MADV_DONTNEED = 4
+MADV_DONTNEED, MADV_DONTFORK = 4, 10
 
 
 @dataclass
@@ -34,9 +37,10 @@ class Target:
     are kept unmerged behind a run that ends inside an extent, watched like merged
     memory; `placeholders`: those of them that we mapped.  `tainted`: ranges whose
     tracking bits cannot be trusted until the next arm (something was moved there).
-    `allow_direct_io`: descriptors through which devices might write do not matter.
+    `allowed`: what its user knows to do no harm.
     `calm_from`: when (of the monotonic clock) what was armed last and is unwritten counts as calm.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
+    `advice`: of the memory that is tracked or merged, see advice.py.
     """
 
     id: int
@@ -61,8 +65,9 @@ class Target:
     parked: Freeze | None = None
     pauses_us: list[int] = field(default_factory=list)
     closed: bool = False
-    allow_direct_io: bool = False
+    allowed: Allowed = NOTHING
     calm_from: float = 0.0
+    advice: Advice = field(default_factory=Advice)
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:
@@ -179,6 +184,14 @@ class Target:
             array("Q", [slot * PAGE_SIZE for slot in slots]),
         )
 
+    def add_unforked(self, table: Table, start: int, length: int) -> None:
+        """What was mapped within [start, start + length) is not inherited if what was there was not; linked.
+
+        That must be one mapping of the target, or several alike.
+        """
+        if self.advice.at(start) & DONTFORK:
+            table.add(arch.current().NR.MADVISE, start, length, MADV_DONTFORK, linked=True)
+
     def unbar(self, start: int, end: int) -> None:
         """Have touches of merged [start, end) wait no more (children.py); it stays watched.
 
@@ -271,6 +284,21 @@ class Target:
         if at < end:
             free.append((at, end))
         return free
+
+    # -- advice ------------------------------------------------------------------
+
+    def note_advice(self, journal: Journal, advice: Advice) -> None:
+        """From now on that is the advice on this memory."""
+        if advice == self.advice:
+            return
+        self.advice = advice
+        journal.append(ADVICE, self.id)
+        for start, end, bits in advice:
+            journal.append(ADVICE, self.id, start, end, bits)
+
+    def learn_advice(self, journal: Journal, told: Iterable[Advised]) -> None:
+        """Note what smaps has `told` of the target's own memory; of merged memory what was known stays."""
+        self.note_advice(journal, Advice([*told, *self.advice.within(self.runs.stretches())]))
 
     # -- core dumps ------------------------------------------------------------
 

@@ -143,6 +143,7 @@ class Tether:
                     new,
                     borders=set(target.borders),
                     coredump_filter=target.coredump_filter,
+                    advice=children.inherited(target.advice),
                     tethered={new},
                     filters=target.link.agent.filters,
                 )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gpuksm import eligibility
+from gpuksm.guard import advice
+from gpuksm.guard.journal import Journal
 from gpuksm.guard.target import Target
 from gpuksm.linux import mappings, pagemap
 
@@ -101,7 +103,25 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
     return found
 
 
-def cut_regions(regions: list[eligibility.Region], tracked: list[Range]) -> list[eligibility.Region]:
+def begin(
+    target: Target, journal: Journal, ranges: list[Range] | None
+) -> tuple[list[eligibility.Region], dict[str, int]]:
+    """Track what of `target` may be merged, within `ranges` if given; that, and pages left out by reason."""
+    entries = mappings.smaps(target.pid)
+    regions, skipped = eligibility.regions(
+        target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
+    )
+    regions = [region for region in regions if not target.is_own(region.start, region.end)]
+    tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
+    told = list(advice.told_by(entries))
+    if any(bits & advice.DONTFORK for _, _, bits in told):
+        # Now that it is tracked: what has come to lie there since the first look is not, and stays unmerged.
+        told = list(advice.told_by(mappings.smaps(target.pid)))
+    target.learn_advice(journal, told)
+    return _cut_regions(regions, tracked), skipped
+
+
+def _cut_regions(regions: list[eligibility.Region], tracked: list[Range]) -> list[eligibility.Region]:
     """The tracked ranges with the protection of the region that holds them."""
     result, index = [], 0
     for low, high in tracked:

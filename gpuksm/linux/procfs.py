@@ -23,7 +23,8 @@ _READ_BYTES = 1 << 20
 _GONE = (errno.ENOENT, errno.ESRCH)
 _DENIED = (errno.EACCES, errno.EPERM)
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-PF_KTHREAD = 0x00200000  # include/linux/sched.h, the flags field of /proc/PID/stat
+# include/linux/sched.h, the flags field of /proc/PID/stat
+PF_USER_WORKER, PF_KTHREAD = 0x00004000, 0x00200000
 
 
 class Stat(NamedTuple):

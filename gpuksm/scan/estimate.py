@@ -129,7 +129,9 @@ def _opened(
         try:
             subject.name = procfs.stat(target.pid).comm
             if error is None:
-                found, subject.skipped = eligibility.regions(target.pid, target.ranges, tracked=True)
+                found, subject.skipped = eligibility.regions(
+                    target.pid, target.ranges, tracked=True, allowed=options.allowed
+                )
                 subject.budget = procfs.max_map_count() // 2 - len(mappings.maps(target.pid))
                 subject.resident = procfs.resident_size(target.pid)
                 subject.tracker = Tracker(target.pid, found, passive=True, by_node=by_node)

@@ -35,6 +35,7 @@ class ScanOptions:
     allow_seccomp: bool = False
     allow_direct_io: bool = False
     allow_peer_writes: bool = False
+    allow_kvm: bool = False
     device: str | None = None
     gpu_memory: int | None = None
     merge_across_nodes: bool = True
@@ -42,7 +43,7 @@ class ScanOptions:
     @property
     def allowed(self) -> Allowed:
         """What would otherwise be a reason to skip a process."""
-        return Allowed(self.allow_seccomp, self.allow_direct_io, self.allow_peer_writes)
+        return Allowed(self.allow_seccomp, self.allow_direct_io, self.allow_peer_writes, self.allow_kvm)
 
 
 class Progress(Protocol):

@@ -31,7 +31,10 @@ from tests.support import processes
 from tests.support.world import User, World
 
 WORKLOADS = Path(__file__).with_name("workloads")
-_DAEMON = ("--interval", "200ms", "--max-interval", "2s", "--backend", "cpu", "--threads", "1")
+_DAEMON = (
+    *("--interval", "200ms", "--max-interval", "2s", "--backend", "cpu", "--threads", "1"),
+    "--allow-kvm",  # the machines here run none themselves
+)
 # A program works this much longer than it is merged: it has to be ready first, and looks again afterwards.
 _BEFORE_SECONDS, _AFTER_SECONDS = 10, 15
 _PATIENCE_SECONDS = 300

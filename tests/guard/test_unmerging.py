@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gpuksm.guard import restore, unmerging
+from gpuksm.guard.advice import Advice
 from gpuksm.guard.commit import Committer
 from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run, Runs
@@ -127,7 +128,9 @@ def test_what_lies_behind_a_hole_is_still_given_back(monkeypatch: pytest.MonkeyP
     runs, given_back = Runs(), list[tuple[int, int]]()
     runs.add(Run(0, 4 * PAGE_SIZE, 7))
     mapped = mappings.VmaQuery(PAGE_SIZE, 4 * PAGE_SIZE, 3, 8 * PAGE_SIZE, 99)
-    target: Any = SimpleNamespace(pid=os.getpid(), runs=runs, query=lambda at: mapped if at else None)
+    target: Any = SimpleNamespace(
+        pid=os.getpid(), runs=runs, query=lambda at: mapped if at else None, advice=Advice()
+    )
     monkeypatch.setattr(mappings, "locked_kib", lambda _pid: 0)
     monkeypatch.setattr(restore, "_restore_part", lambda *given: given_back.append(given[2:4]))
     restore.restore_piece(target, SimpleNamespace(), 0, 4 * PAGE_SIZE)  # type: ignore[arg-type]

@@ -7,7 +7,9 @@
 typedef unsigned int u32;
 
 #define FIRST 0x1000000u /* 16 MiB */
-#define PAGES 20480u	 /* 80 MiB */
+#ifndef PAGES
+#define PAGES 20480u /* 80 MiB */
+#endif
 
 __attribute__((section(".multiboot"), used)) static const u32 header[] = {0x1BADB002, 0, -0x1BADB002u};
 static unsigned char versions[PAGES];

@@ -1,10 +1,12 @@
-"""Two virtual machines that check their memory: python machines.py SECONDS.
+"""Virtual machines that check their memory: python machines.py SECONDS.
 
-Each is qemu without KVM and runs guest.c, which needs no operating system.
+Each is qemu and runs guest.c, which needs no operating system: two without KVM, two with it where there is
+one, of which the guests have less memory, as KVM may emulate them.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,8 @@ from pathlib import Path
 
 _LAYOUT = "-Wl,--section-start=.multiboot=0x100000,-Ttext=0x101000,--build-id=none,-z,max-page-size=4096"
 _BUILD = f"gcc -m32 -O2 -ffreestanding -fno-pic -no-pie -nostdlib -fno-asynchronous-unwind-tables {_LAYOUT}"
-_MACHINE = "qemu-system-x86_64 -accel tcg -m 128 -display none -monitor none -no-reboot -net none"
+_MACHINE = "qemu-system-x86_64 -m 128 -display none -monitor none -no-reboot -net none"
+_PAGES = {"tcg": 20480, "kvm": 256}
 
 
 def main() -> int:
@@ -22,21 +25,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpuksm-machines-") as name:
         folder = Path(name)
         source = Path(__file__).with_name("guest.c")
-        subprocess.run([*_BUILD.split(), "-o", str(folder / "guest"), str(source)], check=True)
-        consoles = [folder / f"console{number}" for number in range(2)]
-        machines = [
-            subprocess.Popen(
-                [*_MACHINE.split(), "-serial", f"file:{console}", "-kernel", str(folder / "guest")],
-                stdin=subprocess.DEVNULL,
-            )
-            for console in consoles
-        ]
+        consoles, machines = [], []
+        for accelerator in _accelerators():
+            guest = folder / accelerator
+            pages = f"-DPAGES={_PAGES[accelerator]}u"
+            subprocess.run([*_BUILD.split(), pages, "-o", str(guest), str(source)], check=True)
+            for number in range(2):
+                consoles.append(folder / f"console-{accelerator}-{number}")
+                words = ["-accel", accelerator, "-serial", f"file:{consoles[-1]}", "-kernel", str(guest)]
+                machines.append(subprocess.Popen([*_MACHINE.split(), *words], stdin=subprocess.DEVNULL))
         try:
             return _watch(machines, consoles, seconds)
         finally:
             for machine in machines:
                 machine.kill()
                 machine.wait()
+
+
+def _accelerators() -> list[str]:
+    return ["tcg", "kvm"] if os.access("/dev/kvm", os.R_OK | os.W_OK) else ["tcg"]
 
 
 def _watch(machines: list[subprocess.Popen[bytes]], consoles: list[Path], seconds: float) -> int:
