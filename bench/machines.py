@@ -1,16 +1,16 @@
-"""Kernel KSM and gpuksm on the same virtual machines, one after the other: Linux in QEMU.
+"""Kernel KSM and gpuksm on alike virtual machines, in turns: Linux in QEMU.
 
     python bench/machines.py --kernel /boot/vmlinuz-... --busybox /bin/busybox
                              [--machines 4] [--memory-mb 256] [--files-mb 64] [--own-mb 48] [--json FILE]
 
 Needs root, gcc, qemu-system-x86_64, a static busybox, and a KSM that nobody uses; its settings are put back
-whatever happens.  Each machine unpacks the same files of this system's library folder into its
-memory, makes some memory of its own, and checks the sums of both when it is asked to: after KSM has merged,
-after that was undone, after gpuksm has merged, and after `gpuksm unmerge`.
+whatever happens.  Machines are started anew for each.  Each machine unpacks the same files of this system's
+library folder into its memory, makes some memory of its own, and checks the sums of both when it is asked
+to: before, after merging, and after `gpuksm unmerge`.
 
 QEMU asks for KSM by itself.  Times and savings are taken as in versus_ksm.py, but that what machines do by
-themselves meanwhile is not counted; --accel kvm where the guest's kernel runs there at speed (and
---allow-kvm is given to gpuksm).
+themselves meanwhile is not counted; --accel kvm where the guest's kernel runs there at speed (--allow-kvm is
+given to gpuksm then).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,9 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.contestants import Gpuksm, bytecode_kept, run_json
+from bench.contestants import Gpuksm, Row, bytecode_kept, run_json
 from bench.kernel_ksm import FullSpeed
-from bench.versus_ksm import UNABLE, machine, signals_end, trial
+from bench.versus_ksm import TOOLS, UNABLE, machine, signals_end, trial
 from bench.workload import Workload, build
 from gpuksm.linux import mappings
 
@@ -149,40 +150,67 @@ class Machines:
         return sum(row["Pss"] + row.get("SwapPss", 0) - row.get("Pss_Shmem", 0) for row in rows)
 
 
+def of_ksm(machines: Machines, ksm: FullSpeed) -> Row:
+    """What KSM saves, and takes for it."""
+    before = machines.held_bytes()
+    wall, cpu = ksm.merge(1 << 40, LIMIT_SECONDS)
+    saved = before - machines.held_bytes()
+    ksm.stop()
+    machines.check()
+    return {"wall": wall, "cpu": cpu, "saved": saved, "held": before}
+
+
+def of_gpuksm(machines: Any, accelerator: str, folder: Path) -> Row:
+    """What gpuksm saves, and takes for it, and for undoing it."""
+    before = machines.held_bytes()
+    ours = Gpuksm(machines, Workload("machines", "", len(machines.pids), 0, 0, 0), folder)
+    ours.options = ["--allow-kvm"] if accelerator == "kvm" else []
+    try:
+        row = ours.merge()
+        row |= {"saved": before - machines.held_bytes() - ours.store_bytes(), "held": before}
+        machines.check()
+        command = [sys.executable, "-m", "gpuksm", "unmerge", "--all", "--json"]
+        row["unmerge"] = run_json(command, ours.environment).wall
+        machines.check()
+    finally:
+        machines.kill()
+        ours.close()
+    return row
+
+
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Both, on the same machines."""
+    """Both, each on machines that have just been started."""
     root = folder / "root.cpio"
     write_root(root, arguments.busybox, arguments.files_mb, arguments.own_mb)
-    found: dict[str, Any] = {"machine": machine(), "machines": arguments.machines}
+    rows: dict[str, list[Row]] = {tool: [] for tool in TOOLS}
     with ExitStack() as stack:
         ksm = FullSpeed()
         stack.callback(ksm.restore)
+        stack.callback(ksm.restore)  # a signal may have come into the first of them
         ksm.begin()
         # A first scan, not counted, compiles what is compiled on first use.
         trial("gpuksm", build(folder), Workload("first", "mix", 2, 2, 2), ksm, 1.0, False)
-        print("the machines start", file=sys.stderr)
-        machines: Any = stack.enter_context(Machines(arguments, root))
-        machines.expect("READY")
-        machines.check()
-        found["held"] = before = machines.held_bytes()
-        wall, cpu = ksm.merge(1 << 40, LIMIT_SECONDS)
-        found["ksm"] = {"wall": wall, "cpu": cpu, "saved": before - machines.held_bytes()}
-        ksm.stop()
-        print(f"KSM: {found['ksm']}", file=sys.stderr)
-        machines.check()
-        ksm.clear()
-        machines.check()
-        before = machines.held_bytes()
-        ours = Gpuksm(machines, Workload("machines", "", arguments.machines, 0, 0, 0), folder / "run")
-        stack.callback(ours.close)
-        ours.options = ["--allow-kvm"] if arguments.accel == "kvm" else []
-        found["gpuksm"] = ours.merge()
-        found["gpuksm"]["saved"] = before - machines.held_bytes() - ours.store_bytes()
-        machines.check()
-        command = [sys.executable, "-m", "gpuksm", "unmerge", "--all", "--json"]
-        found["unmerge"] = run_json(command, ours.environment).wall
-        machines.check()
-    return found
+        for repeat in range(arguments.repeats):
+            for tool in TOOLS if repeat % 2 == 0 else TOOLS[::-1]:
+                with Machines(arguments, root) as machines:
+                    machines.expect("READY")
+                    machines.check()
+                    if tool == "ksm":
+                        rows[tool].append(of_ksm(machines, ksm))
+                    else:
+                        rows[tool].append(of_gpuksm(machines, arguments.accel, folder / f"run{repeat}"))
+                ksm.clear()
+                print(f"{repeat + 1}/{arguments.repeats} {tool}: {told(rows[tool][-1])}", file=sys.stderr)
+    medians = {
+        tool: {name: statistics.median(row[name] for row in found) for name in found[0] if name in found[-1]}
+        for tool, found in rows.items()
+    }
+    return {"machine": machine(), "machines": arguments.machines, "trials": rows, **medians}
+
+
+def told(row: Row) -> str:
+    """A row as one reads it."""
+    return f"{row['wall']:.2f} s, CPU {row['cpu']:.2f} s, saved {row['saved'] / 1e6:.0f} MB"
 
 
 def main() -> int:
@@ -196,6 +224,7 @@ def main() -> int:
     parser.add_argument("--memory-mb", type=int, default=256, help="of each")
     parser.add_argument("--files-mb", type=int, default=64, help="equal files in each")
     parser.add_argument("--own-mb", type=int, default=48, help="its own file in each")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--accel", choices=("tcg", "kvm"), default="tcg")
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured to FILE")
     arguments = parser.parse_args()
@@ -206,11 +235,13 @@ def main() -> int:
         found = compare(arguments, Path(folder))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{arguments.machines} machines, {found['held'] / 1e6:.0f} MB in all")
-    for tool in ("ksm", "gpuksm"):
-        row = found[tool]
-        print(f"{tool:7} {row['wall']:6.2f} s  CPU {row['cpu']:6.2f} s  saved {row['saved'] / 1e6:6.0f} MB")
-    print(f"longest pause {found['gpuksm']['max_pause_ms']:.1f} ms, unmerged in {found['unmerge']:.1f} s")
+    ours = found["gpuksm"]
+    print(
+        f"{arguments.machines} machines, {ours['held'] / 1e6:.0f} MB in all; medians of {arguments.repeats}"
+    )
+    for tool in TOOLS:
+        print(f"{tool}: {told(found[tool])}")
+    print(f"longest pause {ours['max_pause_ms']:.1f} ms, unmerged in {ours['unmerge']:.1f} s")
     return 0
 
 
