@@ -37,8 +37,11 @@ _MODULES = Path("/sys/module")
 _HARMLESS_SOCKETS = re.compile(
     r"((TCP|MPTCP|UDP|RAW|PING|SCTP)(v6)?|UDP-Lite|UDPLITEv6|UNIX(-STREAM)?|NETLINK|PACKET|AF_VSOCK|KEY|ALG)"
 )
-# Documentation/admin-guide/devices.txt: null, zero, full, random, urandom, kmsg; tty, console, ptmx.
-_HARMLESS_DEVICES = frozenset([(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2)])
+# Documentation/admin-guide/devices.txt: null, zero, full, random, urandom, kmsg; tty, console, ptmx; net/tun,
+# which copies as long as nobody but the process reads from it.
+_HARMLESS_DEVICES = frozenset(
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200)]
+)
 _TTY_MAJORS = frozenset([4, *range(136, 144)])
 
 

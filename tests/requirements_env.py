@@ -132,6 +132,10 @@ def _kvm() -> str:
     return ""
 
 
+def _tun() -> str:
+    return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "/dev/net/tun cannot be opened"
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "uffd": _uffd,
     "thread_pidfd": _thread_pidfd,
@@ -141,4 +145,5 @@ PROBES: dict[str, Callable[[], str]] = {
     "userfaultfd_device": _userfaultfd_device,
     "memory": _memory,
     "kvm": _kvm,
+    "tun": _tun,
 }

@@ -1,4 +1,4 @@
-"""Processes that write into each other's memory, as MPI transports do by process_vm_writev (hazard 7)."""
+"""Others that write into a process's memory: MPI transports by process_vm_writev (hazard 7), network taps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 
 from gpuksm import wire
 from gpuksm.linux import vm
+from tests import requirements_env
 from tests.support import standstill
 from tests.support.scanner import Scanner
-from tests.support.scripts import LIBC
+from tests.support.scripts import LIBC, area_script
 from tests.support.victims import Victim
 from tests.support.world import World
 
@@ -114,6 +115,63 @@ def test_what_a_peer_writes_inside_the_freeze(world: World) -> None:
         with pytest.raises(AssertionError, match="CORRUPT"):
             victims[0].ask("expect 0 7777")
         victims[0].ask("expect 0 1000")
+    finally:
+        scanner.close()
+        standstill.let_go(world.guard_processes())
+
+
+# `receive PAGE`: a frame of the tap that virtual machines use, read into that page by the kernel.
+_TAPPED = (
+    area_script(PAGES)
+    + """
+import fcntl, os, socket, struct, sys
+assert libc.unshare(0x40000000) == 0  # CLONE_NEWNET
+tap = os.open("/dev/net/tun", os.O_RDWR)
+name = struct.pack("16sH22x", b"tap0", 0x1002)  # IFF_TAP | IFF_NO_PI
+fcntl.ioctl(tap, 0x400454CA, name)
+link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+fcntl.ioctl(link, 0x8914, struct.pack("16sH22x", b"tap0", 0x41))  # IFF_UP | IFF_RUNNING
+link.bind(("tap0", 0))
+frame = b"\\xff" * 6 + bytes(6) + b"\\x88\\xb5" + b"gpuksm" * 200
+received = {}
+for line in sys.stdin:
+    word, *numbers = line.split()
+    if word == "quit":
+        break
+    if word == "receive":
+        page = int(numbers[0])
+        link.send(frame)
+        there = (ctypes.c_char * len(frame)).from_address(at + page * 4096)
+        while os.readv(tap, [there]) != len(frame) or there.raw != frame:
+            pass  # the kernel's own
+        received[page] = frame
+        expected[page] = 0
+    bad = [page for page in wrong() if page not in received]
+    bad += [page for page, data in received.items() if ctypes.string_at(at + page * 4096, len(data)) != data]
+    print("CORRUPT pages %s" % bad if bad else "OK", flush=True)
+"""
+)
+
+
+def test_a_tap_receives_after_the_comparison(world: World) -> None:
+    """Its data is copied by way of the page tables, and tracked like a write of the process's own."""
+    requirements_env.need("root", "tun")
+    guard = standstill.start_standing_still(world, "verified", world.python(_TAPPED))
+    victims = [world.python(_TAPPED) for _ in range(2)]
+    scanner = Scanner(world, victims)
+    try:
+        reply = standstill.while_it_stands(
+            guard,
+            lambda: scanner.commit([PAGES], _plan(scanner, victims)),
+            lambda: victims[0].ask("receive 3"),
+        )
+        assert reply["mapped_pages"] > 0, reply
+        assert reply["skipped"]["written"] == 1, reply
+        for victim in victims:
+            victim.verify()
+        victims[1].ask("receive 5")  # into merged memory
+        for victim in victims:
+            victim.verify()
     finally:
         scanner.close()
         standstill.let_go(world.guard_processes())
