@@ -82,8 +82,9 @@ class Daemon:
                     try:
                         self._serve(client, watcher)
                     except GuardError as error:
-                        # Another scanner that has the lock ends us; what goes wrong later does not.
-                        if not self._opened:
+                        # Another scanner that has the lock ends us; what goes wrong later does not, nor does
+                        # a guard that is lost, at whatever time.
+                        if not self._opened and client.fileno() >= 0:
                             raise
                         self.say(f"{error.args[0].removesuffix('; run the command again')}; starting over")
                 self._pause(_RECONNECT_SECONDS)
