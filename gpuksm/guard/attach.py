@@ -42,7 +42,10 @@ _ATTACH_DEADLINE_NS = 200_000_000
 _PR_SET_NAME = 15
 AGENT_NAME = "gpuksm-agent"
 _RSEQ_CS_OFFSET = 8
-_GO = struct.pack("<Ii24xi", 1, -1, -1)  # go, no eventfd to claim by, none to wait for
+_GO, _GO_SHARED = (
+    struct.pack("<Ii24xi", go, -1, -1) for go in (1, 2)
+)  # and no eventfd to claim by, none to wait for
+_APART_OFFSET, _APART = 72, 1
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
 
 
@@ -237,11 +240,16 @@ def _bootstrap(
     registers = ptrace.get_registers(tid)
     if not x86.is_native(registers):
         raise Unsupported(f"process {pid} runs 32-bit code; skipped")
-    filters = sandbox.check_attach(
-        pid, tid, device=os.access(uffd.DEVICE, os.R_OK | os.W_OK), believed=believed
+    filters, like_libc = sandbox.check_attach(
+        pid,
+        tid,
+        device=os.access(uffd.DEVICE, os.R_OK | os.W_OK),
+        believed=believed,
+        tethered=bool(freeze.tethered),
     )
     signal_mask = ptrace.get_signal_mask(tid)
-    code = x86.bootstrap_code(registers, signal_mask, far)
+    flags = x86.CLONE_FLAGS_OF_LIBC if like_libc else x86.CLONE_FLAGS
+    code = x86.bootstrap_code(registers, signal_mask, far, flags)
     unused = os.pread(memory, len(code), place)
     os.pwrite(memory, code, place)
     hijacked = registers.copy()
@@ -266,11 +274,18 @@ def _bootstrap(
             raise Unsupported(f"process {pid} cannot open a socket pair (descriptor limit?); skipped")
         own = _steal_socket(pid, memory, block)
         faults.point("attach-socket")
-        os.pwrite(memory, _GO, block + 8)
+        os.pwrite(memory, _GO_SHARED if like_libc else _GO, block + 8)
         started = stepper.next_result(nr.CLONE).rax
         if started >> 63:
             own.close()
             raise Unsupported(f"process {pid} cannot start a thread (process limit?); skipped")
+        apart = 0 if like_libc else _APART
+        while not apart:
+            stepper.next_result(nr.FUTEX)
+            apart = int.from_bytes(os.pread(memory, 4, block + _APART_OFFSET), "little")
+        if apart != _APART:
+            own.close()
+            raise Unsupported(f"process {pid} cannot copy its descriptors (memory, fs.nr_open?); skipped")
         freeze.spare = _thread_known_inside_as(pid, started)
         agent = Agent(pid, freeze.spare, block, own, filters)
         agent.count_filters()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpuksm.errors import TargetGone
 from gpuksm.guard import advice, arch, freeze
@@ -30,30 +30,42 @@ class Forbidden(Exception):
     """The filters of a process do not let gpuksm work in it; the message says what to do."""
 
 
-def check_attach(pid: int, tid: int, *, device: bool, believed: int | None) -> int:
-    """How many filters the frozen thread `tid` has; Forbidden when they do not let an agent start, or work.
+class Passed(NamedTuple):
+    """How many filters a thread has; whether an agent may start only as the C library starts threads."""
 
-    `device`: userfaultfds can be made without the call of that name; `believed`: see `attach`.
+    filters: int
+    like_libc: bool = False
+
+
+def check_attach(pid: int, tid: int, *, device: bool, believed: int | None, tethered: bool = False) -> Passed:
+    """What filters the frozen thread `tid` has; Forbidden when they do not let an agent start, or work.
+
+    `device`: userfaultfds can be made without the call of that name; `believed`: see `attach`; `tethered`: a
+    thread that the C library's way is started in would be traced from the start.
     """
     status = procfs.thread_status(pid, tid)
     mode = status.get("Seccomp", "0")
     if mode == "0":
-        return 0
+        return Passed(0)
     if mode == _STRICT:
         raise Forbidden(f"process {pid} is in seccomp's strict mode; leave it out")
     count = int(status.get("Seccomp_filters", "1"))
     programs = _read(tid, status)
     if programs is None:
         if believed in (None, count):
-            return count
+            return Passed(count)
         raise Forbidden(
             f"process {pid} has seccomp filters that only root can read, and that could kill it when gpuksm "
             "attaches; if you know that they let mmap and clone pass: --allow-seccomp"
         )
     call = _first_refused(programs, _calls_to_attach(arch.current().NR, device) + calls_of_agent())
+    if call == "clone" and not tethered:
+        calls = _calls_to_attach(arch.current().NR, device, like_libc=True)
+        if _first_refused(programs, calls + calls_of_agent()) is None:
+            return Passed(count, like_libc=True)
     if call is not None:
         raise Forbidden(f"process {pid} has a seccomp filter that does not let {call} pass; leave it out")
-    return count
+    return Passed(count)
 
 
 def lets_agent_work(pid: int, tid: int, *, equipped: bool) -> bool | None:
@@ -103,10 +115,22 @@ def _first_refused(programs: tuple[bytes, ...], calls: list[tuple[str, int, tupl
     return None
 
 
-def _calls_to_attach(nr: Any, device: bool) -> list[tuple[str, int, tuple[int, ...]]]:
+def _calls_to_attach(
+    nr: Any, device: bool, *, like_libc: bool = False
+) -> list[tuple[str, int, tuple[int, ...]]]:
     """System calls of the bootstrap and of an agent that is being equipped, by name."""
     making = (0, uffd.NEW, uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
     flags = uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY
+    machine = arch.current()
+    starting: list[tuple[str, int, tuple[int, ...]]] = [("clone", nr.CLONE, (machine.CLONE_FLAGS,))]
+    if like_libc:
+        starting = [
+            ("clone", nr.CLONE, (machine.CLONE_FLAGS_OF_LIBC,)),
+            ("futex", nr.FUTEX, (0, 128, 0, 0)),
+            ("futex", nr.FUTEX, (0, 129, 1)),
+            ("close_range", nr.CLOSE_RANGE, (0x7FFFFFFE, 0x7FFFFFFE, 2)),
+            ("set_tid_address", nr.SET_TID_ADDRESS, (0,)),
+        ]
     return [
         ("restart_syscall", nr.RESTART_SYSCALL, ()),  # of its own threads, when they were stopped
         ("rt_sigprocmask", nr.RT_SIGPROCMASK, (2, 0, 0, 8)),
@@ -114,7 +138,7 @@ def _calls_to_attach(nr: Any, device: bool) -> list[tuple[str, int, tuple[int, .
         ("mmap", nr.MMAP, (0, 4096, 3, 0x22, -1)),
         ("madvise", nr.MADVISE, (0, 4096, 10)),
         ("socketpair", nr.SOCKETPAIR, (1, 0x80001)),
-        ("clone", nr.CLONE, (0x850B00,)),
+        *starting,
         ("close", nr.CLOSE, ()),
         ("close_range", nr.CLOSE_RANGE, ()),
         ("prctl", nr.PRCTL, (15,)),

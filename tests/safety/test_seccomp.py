@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
 
 from gpuksm import errors
 from tests import requirements_env
+from tests.support import processes
 from tests.support.merging import merged_pair, perform, scan_until_merged
 from tests.support.standstill import wait_for_event
 from tests.support.victims import Victim
@@ -24,6 +26,37 @@ def test_filters_of_containers_are_read_and_let_it_pass(world: World) -> None:
     world.unmerge()
     for victim in victims:
         victim.verify()
+
+
+def test_threads_may_be_started_as_the_c_library_does(world: World) -> None:
+    """As QEMU's and browsers' sandboxes have it: the agent shares the descriptors until it has its own."""
+    requirements_env.need("root")
+    victims = [world.victim("sandbox", "threads") for _ in range(2)]
+    before = [processes.descriptors(victim.pid) for victim in victims]
+    scan_until_merged(world, victims, ["memory", "left"])
+    assert [processes.descriptors(victim.pid) for victim in victims] == before
+    perform(victims[0], "discard child grandchild discard", [victims[1]])
+    os.kill(world.guard_pid(), signal.SIGKILL)
+    perform(victims[1], "discard child", [victims[0]])
+    world.unmerge()
+    assert [processes.descriptors(victim.pid) for victim in victims] == before
+    for victim in victims:
+        assert victim.merged_pages("memory") == 0
+        victim.verify()
+
+
+@pytest.mark.parametrize("point", ["attach-hijack", "attach-code", "attach-socket", "attach-clone"])
+@pytest.mark.parametrize("action", ["kill", "error"])
+def test_an_attach_is_broken_off_where_descriptors_are_shared(world: World, point: str, action: str) -> None:
+    requirements_env.need("root")
+    victim = world.victim("sandbox", "threads")
+    before = processes.footprint(victim.pid)
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:1:{action}"
+    world.gpuksm("scan", "--pid", victim.pid)
+    victim.verify()
+    processes.await_nothing_left(victim.pid, before)
+    del world.extra_env["GPUKSM_FAULT"]
+    victim.verify()
 
 
 def test_what_a_filter_kills_for_is_not_tried(world: World) -> None:

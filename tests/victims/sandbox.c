@@ -8,6 +8,7 @@
  *   container   refuses what container runtimes refuse by default (EPERM), userfaultfd among it
  *   deadly      is killed for socketpair
  *   harmless    refuses ptrace
+ *   threads     is killed for clone but as the C library starts threads, and forks; and for unshare
  * `run lock` lays a filter on all of its threads (TSYNC) that kills it for ioctl, mremap, mprotect and
  * mmap at a fixed place; the agent is one of its threads.  `run shut` lays one that kills it for what only
  * an agent does that has just been started.  `run discard` reads zeros after MADV_DONTNEED,
@@ -223,7 +224,18 @@ int main(int count, char **arguments)
 	};
 	struct sock_filter deadly[] = {NUMBER, DEADLY(SYS_socketpair), ALLOWED};
 	struct sock_filter harmless[] = {NUMBER, REFUSED(SYS_ptrace), ALLOWED};
-	if (!strcmp(arguments[1], "harmless"))
+	struct sock_filter threads[] = {
+		NUMBER, ANSWER(SYS_clone3, SECCOMP_RET_ERRNO | ENOSYS), DEADLY(SYS_unshare),
+		BPF_JUMP(BPF_JMP | BPF_JEQ, SYS_clone, 0, 4),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 16), /* flags */
+		BPF_JUMP(BPF_JMP | BPF_JEQ, 0x3d0f00, 2, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ, 0x1200011, 1, 0),
+		BPF_STMT(BPF_RET, SECCOMP_RET_KILL_PROCESS),
+		ALLOWED,
+	};
+	if (!strcmp(arguments[1], "threads"))
+		install(threads, COUNT(threads), 0);
+	else if (!strcmp(arguments[1], "harmless"))
 		install(harmless, COUNT(harmless), 0);
 	else if (!strcmp(arguments[1], "container"))
 		install(container, COUNT(container), 0);

@@ -51,6 +51,7 @@ bootstrap:
     mov $BLOCK_BYTES, %esi
     mov $10, %edx
     syscall
+    xor %ebx, %ebx
     mov $53, %eax                    # socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, block)
     mov $1, %edi
     mov $0x80001, %esi
@@ -62,21 +63,38 @@ bootstrap:
     mov 8(%r12), %ebx                # set by the guard once the agent's code is in place
     test %ebx, %ebx
     jz 1f
-    mov $56, %eax                    # clone(VM|FS|SIGHAND|THREAD|SYSVSEM|UNTRACED, top of the block)
-    mov $0x850b00, %edi
+    mov $56, %eax                    # clone(clone_flags, top of the block, &scratch, &scratch, the block)
+    mov clone_flags(%rip), %rdi
     lea BLOCK_BYTES(%r12), %rsi
-    xor %edx, %edx
-    xor %r10d, %r10d
-    xor %r8d, %r8d
+    lea 24(%r12), %rdx
+    mov %rdx, %r10
+    mov %r12, %r8
     syscall
     test %rax, %rax
     jz bootstrap_child
+    js 1f
+    cmp $2, %ebx                     # the agent shares our table still: nothing may be closed before it has its own
+    jne 1f
+apart:
+    mov $202, %eax                   # futex(&apart, FUTEX_WAIT_PRIVATE, 0, NULL)
+    lea 72(%r12), %rdi
+    mov $128, %esi
+    xor %edx, %edx
+    xor %r10d, %r10d
+    syscall
+    cmpl $0, 72(%r12)
+    je apart
+    cmpl $2, 72(%r12)                # it cannot, and ends without touching the block any more
+    jne 1f
+    mov $3, %ebx
 1:  mov $3, %eax                     # close both ends here; the agent has a table of its own
     mov 0(%r12), %edi
     syscall
     mov $3, %eax
     mov 4(%r12), %edi
     syscall                          # with it an agent whose guard is gone ends, and unmaps the block
+    cmp $3, %ebx
+    je drop
     test %ebx, %ebx                  # left alone before there was an agent: nothing may stay behind
     jnz restore
 drop:
@@ -84,6 +102,8 @@ drop:
     mov %r12, %rdi
     mov $BLOCK_BYTES, %esi
     syscall
+    test %ebx, %ebx                  # the agent may be in its code page still
+    jnz restore
 drop_code:
     mov $11, %eax                    # munmap(code page)
     mov %r13, %rdi
@@ -139,15 +159,18 @@ saved_r14: .quad 0
 saved_r15: .quad 0
 saved_rip: .quad 0
 place: .quad 0
+clone_flags: .quad 0
 bootstrap_end:
 
 # ---------------------------------------------------------------- agent
 # r12: control block.  Its header:
 #    0 u32 our end of the socketpair    4 u32 the guard's end (closed here)
-#    8 u32 go                          12 i32 claim eventfd, -1 during attach
+#    8 u32 go: 1, or 2 where it shares the table of descriptors at first
+#   12 i32 claim eventfd, -1 during attach
 #   16 u64 entries of this request     24 u64 scratch
 #   32 u64 entries done since the start
 #   40 i32 eventfd whose word lets the agent end, -1: it ends with the guard
+#   72 u32 of go 2: 1 once it has a table of its own, 2 when it cannot have one
 # entries from 4096 on, 64 bytes each:
 #    0 u32 unused   4 u32 flags (1: linked, 2: only if the entry before gave 0,
 #                     4: only while the guard is there, 8: of the range in the third
@@ -156,6 +179,29 @@ bootstrap_end:
 #    8 i64 number in, result out   16 6 x u64 arguments
 .balign 64
 agent:
+    cmpl $2, 8(%r12)
+    jne private
+    mov $436, %eax                   # close_range(far beyond, far beyond, CLOSE_RANGE_UNSHARE) closes nothing
+    mov $0x7ffffffe, %edi
+    mov %edi, %esi
+    mov $2, %edx
+    syscall
+    mov $1, %ebx
+    test %rax, %rax
+    jz 1f
+    mov $2, %ebx
+1:  mov $218, %eax                   # set_tid_address(NULL): nothing is written when we end
+    xor %edi, %edi
+    syscall
+    mov %ebx, 72(%r12)
+    mov $202, %eax                   # futex(&apart, FUTEX_WAKE_PRIVATE, 1)
+    lea 72(%r12), %rdi
+    mov $129, %esi
+    mov $1, %edx
+    syscall
+    cmp $1, %ebx                     # the table is the process's: leave it alone
+    jne gone
+private:
     mov 0(%r12), %r14d
     test %r14d, %r14d
     jz 1f
@@ -268,6 +314,7 @@ end:
     mov %r12, %rdi
     mov $BLOCK_BYTES, %esi
     syscall
+gone:
     mov $60, %eax                    # exit(0), this thread only
     xor %edi, %edi
     syscall

@@ -11,6 +11,8 @@ __all__ = [
     "AGENT",
     "BLOCK_BYTES",
     "BOOTSTRAP",
+    "CLONE_FLAGS",
+    "CLONE_FLAGS_OF_LIBC",
     "CODE_BYTES",
     "NR",
     "REPEATABLE",
@@ -19,6 +21,9 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 0x50000  # as in x86_64.S
+# How an agent is started: CLONE_VM, FS, SIGHAND, THREAD, SYSVSEM, UNTRACED; or as the C library does it, with
+# FILES, SETTLS, PARENT_SETTID and CHILD_CLEARTID and without UNTRACED.
+CLONE_FLAGS, CLONE_FLAGS_OF_LIBC = 0x850B00, 0x3D0F00
 CODE_BYTES = 4096
 
 
@@ -29,7 +34,7 @@ class NR:
     WRITE, RECVFROM, EXIT, MLOCK, CLOSE_RANGE = 1, 45, 60, 149, 436
     MADVISE, SENDMSG, RECVMSG, SOCKETPAIR, CLONE = 28, 46, 47, 53, 56
     PRCTL, CAPSET, PROCESS_VM_READV, USERFAULTFD, PROCESS_MADVISE = 157, 126, 310, 323, 440
-    RESTART_SYSCALL = 219
+    RESTART_SYSCALL, FUTEX, SET_TID_ADDRESS = 219, 202, 218
     FORKS = (56, 57, 435)  # clone, fork, clone3
 
 
@@ -87,13 +92,14 @@ def _restarted(registers: Registers) -> Registers:
     return result
 
 
-def bootstrap_code(registers: Registers, signal_mask: int, place: int) -> bytes:
+def bootstrap_code(registers: Registers, signal_mask: int, place: int, flags: int = CLONE_FLAGS) -> bytes:
     """The bootstrap with everything it restores filled in: `registers` of the thread, its mask.
 
-    `place` is where it is to map the agent's code page, with the control block behind that.
+    `place` is where it is to map the agent's code page, with the control block behind that; `flags` are those
+    of the agent's clone.
     """
     back = _restarted(registers)
     overflow = back.eflags >> 11 & 1
     data = struct.pack("<QQQ", (1 << 64) - 1, signal_mask, overflow | (back.eflags & 0xFF) << 8)
     data += struct.pack("<16Q", *(getattr(back, name) for name in _SAVED))
-    return BOOTSTRAP[:BOOTSTRAP_DATA] + data + struct.pack("<Q", place)
+    return BOOTSTRAP[:BOOTSTRAP_DATA] + data + struct.pack("<QQ", place, flags)
