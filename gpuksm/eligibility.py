@@ -358,9 +358,10 @@ def vma_reason(entry: mappings.SmapsVma, *, tracked: bool = False, unforked: boo
 def _may_replace_unforked(pid: int, allowed: Allowed) -> bool:
     """Whether memory that the process keeps from its children may be merged.
 
-    Virtual machines keep their guests' so, and RDMA what devices write to, which only `direct_io` lets in.
+    Virtual machines keep their guests' so, and RDMA what devices write to.  Only `direct_io` lets devices in,
+    and with that it has to be said that they do not write to guests' memory either.
     """
-    return not allowed.direct_io or _is_virtual_machine(pid)
+    return not allowed.direct_io or (allowed.kvm and _is_virtual_machine(pid))
 
 
 def _resident(entry: mappings.SmapsVma, reason: str) -> int:

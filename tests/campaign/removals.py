@@ -154,7 +154,7 @@ REMOVALS = (
     Removal(
         "memory marked for devices is left alone where they are let in",
         "gpuksm/eligibility.py",
-        (("    return not allowed.direct_io or _is_virtual_machine(pid)\n", "    return True\n"),),
+        ((" or (allowed.kvm and _is_virtual_machine(pid))\n", " or True\n"),),
         "tests/safety/test_advice.py",
     ),
     Removal(

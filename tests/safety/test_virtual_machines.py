@@ -73,8 +73,9 @@ def test_a_machine_that_may_run_machines_is_asked_about(
             assert reason is None
         allowed = eligibility.Allowed(kvm=True)
         assert eligibility.process_reason(pid, named=True, allowed=allowed) is None
-    # Its descriptors may be let in, too, and its guest's memory is its guest's then as well.
-    assert not _leaves_unforked_out(pid, eligibility.Allowed(direct_io=True))
+    # Where devices are let in its guest's memory is left alone, unless both is said.
+    assert _leaves_unforked_out(pid, eligibility.Allowed(direct_io=True))
+    assert not _leaves_unforked_out(pid, eligibility.Allowed(direct_io=True, kvm=True))
 
 
 def _leaves_unforked_out(pid: int, allowed: eligibility.Allowed) -> bool:
