@@ -18,7 +18,8 @@ If we die:
   it was, its system call restarted; the bytes of the bootstrap stay behind in
   the unused end of the page.  What it has mapped it unmaps, unless it was let to start an agent.
 - after clone: the agent finds the socket closed, unmaps its block and ends; once the target is in
-  the guard's books it waits instead (agent.py).
+  the guard's books it waits instead (agent.py).  One that shares the target's descriptors at first
+  (sandbox.py) gets its own before it, or the bootstrap, closes any.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ _ATTACH_DEADLINE_NS = 200_000_000
 _PR_SET_NAME = 15
 AGENT_NAME = "gpuksm-agent"
 _RSEQ_CS_OFFSET = 8
-_GO, _GO_SHARED = (
-    struct.pack("<Ii24xi", go, -1, -1) for go in (1, 2)
-)  # and no eventfd to claim by, none to wait for
+# Go, or go and share the descriptors at first; no eventfd to claim by, none to wait for.
+_GO, _GO_SHARED = (struct.pack("<Ii24xi", go, -1, -1) for go in (1, 2))
 _APART_OFFSET, _APART = 72, 1
 _FAULTS = (4, 5, 7, 8, 11)  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV
 

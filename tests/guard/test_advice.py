@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gpuksm import eligibility
 from gpuksm.guard import tracking
 from gpuksm.guard.advice import DONTFORK, Advice, calls_for, told_by
+from gpuksm.guard.children import inherited
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.guard.target import Target
 from gpuksm.linux import mappings
@@ -79,6 +80,10 @@ def test_only_a_programs_own_memory_tells() -> None:
 def _smaps(flags: str, inode: int = 0, at: int = 4) -> Iterator[SmapsVma]:
     vma = Vma(at * PAGE_SIZE, (at + 4) * PAGE_SIZE, "rw-p", 0, "00:00", inode, "")
     yield SmapsVma(vma, frozenset(flags.split()), 0, 0, 0, 0)
+
+
+def test_a_child_has_the_advice_of_what_it_has() -> None:
+    assert inherited([(0, 1, 2), (1, 2, DONTFORK), (2, 3, DONTFORK | 2), (3, 4, 8)]) == [(0, 1, 2), (3, 4, 8)]
 
 
 def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
