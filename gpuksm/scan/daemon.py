@@ -78,7 +78,16 @@ class Daemon:
         self.values = dict(self.setup.values)
         with contextlib.suppress(Stopped):
             while True:
-                with GuardClient.connect(start=True) as client, GuardClient.connect(start=False) as watcher:
+                try:
+                    client, watcher = self._connect()
+                except GuardError as error:
+                    # None can be had: that ends us at the very start only.
+                    if not self._carried:
+                        raise
+                    self._say_starting_over(error)
+                    self._pause(_RECONNECT_SECONDS)
+                    continue
+                with client, watcher:
                     try:
                         self._serve(client, watcher)
                     except GuardError as error:
@@ -86,8 +95,20 @@ class Daemon:
                         # a guard that is lost, at whatever time.
                         if not self._opened and client.fileno() >= 0:
                             raise
-                        self.say(f"{error.args[0].removesuffix('; run the command again')}; starting over")
+                        self._say_starting_over(error)
                 self._pause(_RECONNECT_SECONDS)
+
+    def _connect(self) -> tuple[GuardClient, GuardClient]:
+        """For requests, and to be told of what others set; the guard is started where none runs."""
+        client = GuardClient.connect(start=True)
+        try:
+            return client, GuardClient.connect(start=False)
+        except GuardError:
+            client.close()
+            raise
+
+    def _say_starting_over(self, error: GuardError) -> None:
+        self.say(f"{error.args[0].removesuffix('; run the command again')}; starting over")
 
     # -- one connection ------------------------------------------------------------
 
