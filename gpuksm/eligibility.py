@@ -221,8 +221,7 @@ def pinning_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
         # The whole table of mappings, which may be long, is read only where somebody may have one.
         if procfs.asynchronous_io_is_used() and mappings.maps_mention(pid, " /[aio]"):
             return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
-    for table in _descriptor_tables(pid):
-        targets = procfs.fd_targets(table)
+    for table, targets in _descriptor_tables(pid):
         if table != pid and any(link.startswith(STORE_PATH) for link in targets.values()):
             continue  # the agent: nobody else holds the store
         for fd, link in sorted(targets.items()):
@@ -266,19 +265,31 @@ def _is_virtual_machine(pid: int) -> bool:
     return any(link == "anon_inode:kvm-vm" for link in procfs.fd_targets(pid).values())
 
 
-def _descriptor_tables(pid: int) -> Iterator[int]:
-    """The process, and every thread with descriptors that the process does not have.
+def _descriptor_tables(pid: int) -> Iterator[tuple[int, dict[int, str]]]:
+    """What the process has open, and every thread with descriptors that the process does not have.
 
     A thread may have a table of its own (unshare(CLONE_FILES)).
     """
-    yield pid
+    yield pid, procfs.fd_targets(pid)
     known = procfs.fd_numbers(pid)
     for tid in procfs.threads(pid):
         try:
-            if not procfs.fd_numbers(tid) <= known:
-                yield tid
+            targets = {} if procfs.fd_numbers(tid) <= known else procfs.fd_targets(tid)
         except TargetGone:
             continue
+        except NotPermitted:
+            if not _is_ending(tid):
+                raise
+            continue  # without memory already, so that its files in /proc are root's
+        if targets:
+            yield tid, targets
+
+
+def _is_ending(tid: int) -> bool:
+    try:
+        return bool(procfs.stat(tid).flags & procfs.PF_EXITING)
+    except TargetGone:
+        return True
 
 
 def _harmless_descriptor(pid: int, fd: int, link: str) -> bool:

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from gpuksm import eligibility
-from gpuksm.errors import NoSuchProcess, Unsupported
+from gpuksm.errors import NoSuchProcess, NotPermitted, Unsupported
 from gpuksm.linux import procfs, seccomp, vm
 from gpuksm.linux.mappings import SmapsVma, Vma
 
@@ -195,6 +195,30 @@ def test_descriptors_that_only_one_thread_has():
     with victim(code) as pid:
         assert "descriptor" in str(reason(pid))
         assert reason(pid, direct_io=True) is None
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_a_thread_that_ends_just_then(ending, monkeypatch):
+    """An agent whose guard has died, say: an ordinary user may not look at it any more."""
+    numbers, stat = procfs.fd_numbers, procfs.stat
+
+    def fd_numbers(tid):
+        if tid == 4:
+            raise NotPermitted("process 4 may not be inspected by this user")
+        return numbers(tid)
+
+    def stat_of(tid):
+        return stat(os.getpid())._replace(flags=procfs.PF_EXITING * ending) if tid == 4 else stat(tid)
+
+    with victim("") as pid:
+        monkeypatch.setattr(procfs, "threads", lambda _pid: [pid, 4])
+        monkeypatch.setattr(procfs, "fd_numbers", fd_numbers)
+        monkeypatch.setattr(procfs, "stat", stat_of)
+        if ending:
+            assert eligibility.pinning_reason(pid, eligibility.NOTHING) is None
+        else:
+            with pytest.raises(NotPermitted):
+                eligibility.pinning_reason(pid, eligibility.NOTHING)
 
 
 @pytest.mark.parametrize("name", ["libmpi.so.40.30.1", "libuct_cma.so.0", "mca_smsc_cma.so"])

@@ -24,7 +24,7 @@ _GONE = (errno.ENOENT, errno.ESRCH)
 _DENIED = (errno.EACCES, errno.EPERM)
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 # include/linux/sched.h, the flags field of /proc/PID/stat
-PF_USER_WORKER, PF_KTHREAD = 0x00004000, 0x00200000
+PF_EXITING, PF_USER_WORKER, PF_KTHREAD = 0x00000004, 0x00004000, 0x00200000
 
 
 class Stat(NamedTuple):
