@@ -33,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.contestants import Gpuksm, Row, bytecode_kept, run_json
 from bench.kernel_ksm import FullSpeed
 from bench.versus_ksm import TOOLS, UNABLE, machine, signals_end, trial
-from bench.workload import Workload, build
-from gpuksm.linux import mappings
+from bench.workload import Running, Workload, build
 
 LIBRARY = Path("/usr/lib")
 LIMIT_SECONDS = 120.0
@@ -92,10 +91,11 @@ def write_root(path: Path, busybox: Path, files_mb: int, own_mb: int) -> None:
         archive.write(member("TRAILER!!!", 0, b""))
 
 
-class Machines:
-    """Those that run; killed when left."""
+class Machines(Running):
+    """Those that run."""
 
     def __init__(self, arguments: argparse.Namespace, root: Path) -> None:
+        super().__init__()
         command = [
             *("qemu-system-x86_64", "-accel", arguments.accel, "-m", str(arguments.memory_mb)),
             *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"),
@@ -103,25 +103,8 @@ class Machines:
             *("-append", "console=ttyS0 rootfstype=ramfs quiet loglevel=0 panic=-1"),
         ]
         pipe = subprocess.PIPE
-        self._running = [
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(arguments.machines)
-        ]
-
-    def __enter__(self) -> Machines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    @property
-    def pids(self) -> list[int]:
-        return [each.pid for each in self._running]
-
-    def kill(self) -> None:
-        """End all of them."""
-        for each in self._running:
-            each.kill()
-            each.wait()
+        for _ in range(arguments.machines):
+            self._running.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
 
     def expect(self, wanted: str) -> None:
         """Wait until each has said that; anything else ends the benchmark."""
@@ -138,16 +121,8 @@ class Machines:
 
     def check(self) -> None:
         """Have each look at all its files."""
-        for each in self._running:
-            assert each.stdin is not None
-            each.stdin.write("check\n")
-            each.stdin.flush()
+        self.send("check")
         self.expect("OK")
-
-    def held_bytes(self) -> int:
-        """Sum of PSS without that of shared memory, of which gpuksm's store is some."""
-        rows = [mappings.smaps_rollup(pid) for pid in self.pids]
-        return sum(row["Pss"] + row.get("SwapPss", 0) - row.get("Pss_Shmem", 0) for row in rows)
 
 
 def of_ksm(machines: Machines, ksm: FullSpeed) -> Row:

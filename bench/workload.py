@@ -51,22 +51,11 @@ def build(folder: Path, source: Path = SOURCE) -> Path:
     return program
 
 
-class Processes:
-    """The running processes of a workload; killed when left."""
+class Running:
+    """Processes that a benchmark has started; killed when left."""
 
-    def __init__(self, program: Path, workload: Workload) -> None:
-        pages = [str(size * PAGES_PER_MB) for size in (workload.shared_mb, workload.own_mb)]
+    def __init__(self) -> None:
         self._running: list[subprocess.Popen[str]] = []
-        try:
-            for index in range(workload.processes):
-                words = [str(program), workload.kind, *pages, str(index)]
-                pipe = subprocess.PIPE
-                self._running.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
-            # Where the memory of each begins.
-            self.places = [int(row["memory"]) for row in self._answers()]
-        except BaseException:
-            self.kill()
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -90,12 +79,39 @@ class Processes:
         for process in self._running:
             process.communicate()
 
-    def ask(self, command: str) -> list[dict[str, float]]:
-        """Give all of them a command; the numbers they answer with.  A wrong byte ends the benchmark."""
+    def held_bytes(self) -> int:
+        """Sum of PSS without that of shared memory, of which gpuksm's store is some."""
+        rows = [mappings.smaps_rollup(pid) for pid in self.pids]
+        return sum(row["Pss"] + row.get("SwapPss", 0) - row.get("Pss_Shmem", 0) for row in rows)
+
+    def send(self, command: str) -> None:
+        """Give all of them a command."""
         for process in self._running:
             assert process.stdin is not None
             process.stdin.write(command + "\n")
             process.stdin.flush()
+
+
+class Processes(Running):
+    """The running processes of a workload."""
+
+    def __init__(self, program: Path, workload: Workload) -> None:
+        pages = [str(size * PAGES_PER_MB) for size in (workload.shared_mb, workload.own_mb)]
+        super().__init__()
+        try:
+            for index in range(workload.processes):
+                words = [str(program), workload.kind, *pages, str(index)]
+                pipe = subprocess.PIPE
+                self._running.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
+            # Where the memory of each begins.
+            self.places = [int(row["memory"]) for row in self._answers()]
+        except BaseException:
+            self.kill()
+            raise
+
+    def ask(self, command: str) -> list[dict[str, float]]:
+        """Give all of them a command; the numbers they answer with.  A wrong byte ends the benchmark."""
+        self.send(command)
         return self._answers()
 
     def _answers(self) -> list[dict[str, float]]:
@@ -107,11 +123,6 @@ class Processes:
                 raise SystemExit(f"process {process.pid} of the workload says: {word} {' '.join(values)}")
             found.append({name: float(text) for name, _, text in (value.partition("=") for value in values)})
         return found
-
-    def held_bytes(self) -> int:
-        """Sum of PSS without that of shared memory, which nobody here has but gpuksm's store."""
-        rows = [mappings.smaps_rollup(pid) for pid in self.pids]
-        return sum(row["Pss"] + row.get("SwapPss", 0) - row.get("Pss_Shmem", 0) for row in rows)
 
     def table_bytes(self) -> int:
         """Sum of their page tables."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 from gpuksm.linux import mappings
 from tests.support import processes
 from tests.support.merging import merged_pair, perform, scan_until_merged
@@ -98,6 +100,23 @@ def test_a_successor_knows_it(world: World) -> None:
     assert [_told(victim) for victim in victims] == before
     for victim in victims:
         perform(victim, "child")
+
+
+@pytest.mark.parametrize("point", ["commit-mapped", "restore-copied", "restore-moved"])
+def test_a_guard_that_dies_leaves_it_as_it_was(world: World, point: str) -> None:
+    victims = [world.victim("advice") for _ in range(2)]
+    before = [_told(victim) for victim in victims]
+    world.extra_env["GPUKSM_FAULT"] = f"{point}:1"
+    world.gpuksm("scan", *(word for victim in victims for word in ("--pid", victim.pid)))
+    if point.startswith("restore"):
+        assert world.gpuksm("unmerge", "--all").code != 0
+    del world.extra_env["GPUKSM_FAULT"]
+    for victim in victims:
+        perform(victim, "child", victims)
+    world.unmerge()
+    assert [_told(victim) for victim in victims] == before
+    for victim in victims:
+        perform(victim, "child", victims)
 
 
 def test_devices_memory_is_left_alone_where_they_are_let_in(world: World) -> None:

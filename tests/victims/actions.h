@@ -42,6 +42,16 @@ UNUSED static void say_ready(void)
 	must(write(1, line, length) == (ssize_t)length);
 }
 
+/* The action that `run NAME` asks for. */
+UNUSED static void perform(const struct action *action, const char *line)
+{
+	while (action->name && (strncmp(line, "run ", 4) || strcmp(action->name, line + 4)))
+		action++;
+	if (!action->name)
+		failed("unknown command %s", line);
+	action->perform();
+}
+
 UNUSED static int serve(const struct action *actions)
 {
 	for (char *line; (line = command());) {
@@ -50,12 +60,7 @@ UNUSED static int serve(const struct action *actions)
 			say("OK areas=%d", area_count);
 			continue;
 		}
-		const struct action *action = actions;
-		while (action->name && (strncmp(line, "run ", 4) || strcmp(action->name, line + 4)))
-			action++;
-		if (!action->name)
-			failed("unknown command %s", line);
-		action->perform();
+		perform(actions, line);
 	}
 	return 0;
 }

@@ -208,16 +208,10 @@ int main(void)
 		{"write", let_write}, {"rest", let_rest}, {"discard", discard}, {"child", child}, {0},
 	};
 	for (char *line; (line = command());) {
-		if (!strcmp(line, "verify")) {
+		if (!strcmp(line, "verify"))
 			verify();
-			continue;
-		}
-		const struct action *action = actions;
-		while (action->name && (strncmp(line, "run ", 4) || strcmp(action->name, line + 4)))
-			action++;
-		if (!action->name)
-			failed("unknown command %s", line);
-		action->perform();
+		else
+			perform(actions, line);
 	}
 	return 0;
 }
