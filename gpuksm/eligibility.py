@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import stat as statlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,11 +78,20 @@ class Region(NamedTuple):
     prot: int
 
 
-def process_reason(pid: int, *, named: bool, allowed: Allowed) -> GpuksmError | None:
+CanLook = Callable[[], bool]
+
+
+def _cannot_look() -> bool:
+    return False
+
+
+def process_reason(
+    pid: int, *, named: bool, allowed: Allowed, can_look: CanLook = _cannot_look
+) -> GpuksmError | None:
     """Why process `pid` is not merged, as an error that says what to do, or None when it may be.
 
     `named` is true for a process that the user named (--pid, --tree, exec,
-    registration), false for one found by a pattern.
+    registration), false for one found by a pattern; `can_look`: see `pinning_reason`.
     """
     try:
         return (
@@ -90,7 +99,7 @@ def process_reason(pid: int, *, named: bool, allowed: Allowed) -> GpuksmError | 
             or _permission_reason(pid)
             or _thread_reason(pid, allowed.seccomp)
             or _program_reason(pid, named)
-            or writer_reason(pid, allowed)
+            or writer_reason(pid, allowed, can_look)
         )
     except TargetGone:
         return NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run")
@@ -188,12 +197,12 @@ def _program_reason(pid: int, named: bool) -> GpuksmError | None:
     return None
 
 
-def writer_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
+def writer_reason(pid: int, allowed: Allowed, can_look: CanLook = _cannot_look) -> GpuksmError | None:
     """Why others than its own threads may write to memory of process `pid`, or None.
 
     Raises TargetGone and NotPermitted.
     """
-    return _peer_reason(pid, allowed.peer_writes) or pinning_reason(pid, allowed)
+    return _peer_reason(pid, allowed.peer_writes) or pinning_reason(pid, allowed, can_look)
 
 
 def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
@@ -207,19 +216,24 @@ def _peer_reason(pid: int, allow_peer_writes: bool) -> GpuksmError | None:
     )
 
 
-def pinning_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
+def pinning_reason(pid: int, allowed: Allowed, can_look: CanLook = _cannot_look) -> GpuksmError | None:
     """Why devices may write to memory of process `pid` unseen, or None.
 
-    Descriptors come and go: what was harmless at attaching may not be at a commit.
+    Descriptors come and go: what was harmless at attaching may not be at a commit.  `can_look` is asked, if
+    there are pages that somebody may hold, whether whoever replaces pages can tell those from others.
     Raises TargetGone and NotPermitted.
     """
-    advice = "devices may write to its memory unseen; if you know that none does: --allow-direct-io"
+    advice = (
+        "devices may write to its memory unseen, and which pages they hold is told to root alone (`gpuksm "
+        "doctor`); if you know that none does: --allow-direct-io"
+    )
     if not allowed.direct_io:
         pinned = procfs.status(pid).get("VmPin", "0 kB").split()[0]
-        if pinned != "0":
+        if pinned != "0" and not can_look():
             return Unsupported(f"process {pid} has pinned {pinned} kB of memory; {advice}")
         # The whole table of mappings, which may be long, is read only where somebody may have one.
-        if procfs.asynchronous_io_is_used() and mappings.maps_mention(pid, " /[aio]"):
+        aio = procfs.asynchronous_io_is_used() and mappings.maps_mention(pid, " /[aio]")
+        if aio and not can_look():
             return Unsupported(f"process {pid} uses asynchronous I/O (io_setup); {advice}")
     for table, targets in _descriptor_tables(pid):
         if table != pid and any(link.startswith(STORE_PATH) for link in targets.values()):
@@ -229,13 +243,13 @@ def pinning_reason(pid: int, allowed: Allowed) -> GpuksmError | None:
                 return Unsupported(f"process {pid} uses userfaultfd itself; leave it out")
             try:
                 if not allowed.direct_io and _is_of_kvm(table, fd, link):
-                    if not allowed.kvm and kvm_pins():
+                    if not allowed.kvm and kvm_pins() and not can_look():
                         return Unsupported(
                             f"process {pid} is a virtual machine (KVM), and where machines run within it KVM "
                             "writes to some of its pages unseen; if you know that none do: --allow-kvm"
                         )
                     continue
-                harmless = allowed.direct_io or _harmless_descriptor(table, fd, link)
+                harmless = allowed.direct_io or _harmless_descriptor(table, fd, link, can_look)
             except TargetGone:
                 continue  # closed meanwhile
             if not harmless:
@@ -292,14 +306,16 @@ def _is_ending(tid: int) -> bool:
         return True
 
 
-def _harmless_descriptor(pid: int, fd: int, link: str) -> bool:
+def _harmless_descriptor(pid: int, fd: int, link: str, can_look: CanLook) -> bool:
     """Whether nothing behind this descriptor writes to the process's memory past its page tables.
 
-    io_uring never is: provided-buffer rings and rings in user memory are pinned
-    and written to without a trace in fdinfo or VmPin.
+    io_uring does: provided-buffer rings and rings in user memory are pinned and written to without a trace
+    in fdinfo or VmPin.  It and direct I/O hold each page for that, and write to no other.
     """
     if _HARMLESS_LINK.match(link):
         return True
+    if link == "anon_inode:[io_uring]":
+        return can_look()
     if link.startswith("socket:"):
         return _HARMLESS_SOCKETS.fullmatch(procfs.socket_protocol(pid, fd)) is not None
     if not link.startswith("/") or link.startswith("/dmabuf:"):
@@ -313,7 +329,7 @@ def _harmless_descriptor(pid: int, fd: int, link: str) -> bool:
         return True
     if kind in (statlib.S_IFREG, statlib.S_IFBLK):
         flags = re.search(r"^flags:\s*([0-7]+)$", procfs.fdinfo(pid, fd), re.MULTILINE)
-        return flags is not None and not int(flags[1], 8) & os.O_DIRECT
+        return flags is not None and (not int(flags[1], 8) & os.O_DIRECT or can_look())
     return False
 
 

@@ -136,6 +136,27 @@ def _tun() -> str:
     return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "/dev/net/tun cannot be opened"
 
 
+def _btf() -> str:
+    return "" if os.access("/sys/kernel/btf/vmlinux", os.R_OK) else "no /sys/kernel/btf/vmlinux"
+
+
+@functools.cache
+def _bpf() -> str:
+    """Empty when a BPF program that reads the kernel's memory may be loaded."""
+    from gpuksm.linux import bpf
+
+    code = bpf.Code()
+    code.call(bpf.GET_CURRENT_TASK)
+    code.copy(bpf.R6, bpf.R0)
+    code.read_kernel(-8, 8, bpf.R6, 0)
+    code.end()
+    try:
+        bpf.Program(code).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 PROBES: dict[str, Callable[[], str]] = {
     "uffd": _uffd,
     "thread_pidfd": _thread_pidfd,
@@ -146,4 +167,6 @@ PROBES: dict[str, Callable[[], str]] = {
     "memory": _memory,
     "kvm": _kvm,
     "tun": _tun,
+    "btf": _btf,
+    "bpf": _bpf,
 }

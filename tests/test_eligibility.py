@@ -39,8 +39,10 @@ def victim(code: str, after: str = "time.sleep(600)"):
         child.wait()
 
 
-def reason(pid, named=True, **allowed):
-    return eligibility.process_reason(pid, named=named, allowed=eligibility.Allowed(**allowed))
+def reason(pid, named=True, can_look=lambda: False, **allowed):
+    return eligibility.process_reason(
+        pid, named=named, allowed=eligibility.Allowed(**allowed), can_look=can_look
+    )
 
 
 def test_a_plain_process_may_be_merged(tmp_path):
@@ -183,6 +185,17 @@ def test_what_lets_devices_write_unseen(code, told):
         assert told in str(reason(pid))
         assert "--allow-direct-io" in str(reason(pid))
         assert reason(pid, direct_io=True) is None
+        asked = []
+        looked = reason(pid, can_look=lambda: not asked.append(1))
+        if told == "socket:":
+            assert told in str(looked), "it writes to pages by other means, too"
+        else:
+            assert (looked, len(asked)) == (None, 1)
+
+
+def test_nobody_asks_whether_pages_can_be_looked_at_where_nobody_holds_them():
+    with victim("keep = [os.pipe(), open(sys.executable)]") as pid:
+        assert reason(pid, can_look=lambda: pytest.fail("asked")) is None
 
 
 def test_descriptors_that_only_one_thread_has():

@@ -74,7 +74,8 @@ _ALLOWED = (
     click.option(
         "--allow-direct-io",
         is_flag=True,
-        help="Also processes whose memory a device may write to (O_DIRECT, io_uring, RDMA, GPUs).",
+        help="Also processes whose memory a device may write to (RDMA, GPUs; for an ordinary user also "
+        "O_DIRECT, io_uring), whatever it holds.",
     ),
     click.option(
         "--allow-peer-writes",
@@ -84,7 +85,8 @@ _ALLOWED = (
     click.option(
         "--allow-kvm",
         is_flag=True,
-        help="Also virtual machines (KVM) on a host that lets them run machines themselves, if none does.",
+        help="For an ordinary user: also virtual machines (KVM) on a host that lets them run machines "
+        "themselves, if none does.",
     ),
 )
 

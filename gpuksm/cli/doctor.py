@@ -50,7 +50,7 @@ def command(pid: tuple[tuple[int, ...], ...], as_json: bool) -> int:
 
 
 def _kernel() -> Iterator[Finding]:
-    from gpuksm.linux import pagemap, probe, uffd
+    from gpuksm.linux import page_references, pagemap, probe, uffd
 
     yield Finding("machine", GOOD, f"Linux {platform.release()}, {platform.machine()}, uid {os.geteuid()}")
     if platform.machine() != "x86_64":
@@ -82,6 +82,12 @@ def _kernel() -> Iterator[Finding]:
     else:
         advice = "processes wait for ever where guard and keeper are killed together (Linux 6.9 has them)"
         yield Finding("pidfds of threads", NOTE, "no", advice)
+    why = page_references.why_not()
+    if why is None:
+        yield Finding("pages that devices hold", GOOD, "told from others")
+    else:
+        advice = "processes with direct I/O, AIO or io_uring are left out; see --allow-direct-io"
+        yield Finding("pages that devices hold", NOTE, why, advice)
 
 
 def _settings() -> Iterator[Finding]:
@@ -154,14 +160,16 @@ def _guard() -> Finding:
 def _target(pid: int) -> dict[str, Any]:
     """What keeps process `pid` out: one reason for all of it, or pages by reason."""
     from gpuksm import eligibility, targets
-    from gpuksm.linux import procfs
+    from gpuksm.linux import page_references, procfs
 
     found: dict[str, Any] = {"pid": pid, "name": None, "error": None, "message": None, "regions": 0}
     found |= {"bytes": 0, "skipped": {}}
     try:
         found["name"] = procfs.stat(pid).comm
         targets.check_named(pid)
-        reason = eligibility.process_reason(pid, named=True, allowed=eligibility.Allowed())
+        reason = eligibility.process_reason(
+            pid, named=True, allowed=eligibility.NOTHING, can_look=page_references.can_look
+        )
         regions, skipped = eligibility.regions(pid, None)
         found["regions"] = len(regions)
         found["bytes"] = sum(region.end - region.start for region in regions)

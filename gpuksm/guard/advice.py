@@ -82,7 +82,7 @@ class Advice:
             index = max(0, bisect.bisect_right(self._noted, (low, 1 << 64, 0)) - 1)
             while index < len(self._noted) and self._noted[index][0] < high:
                 start, end, bits = self._noted[index]
-                if low < end:
+                if max(start, low) < min(end, high):
                     yield max(start, low), min(end, high), bits
                 index += 1
 

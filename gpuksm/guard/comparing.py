@@ -1,7 +1,8 @@
 """What of a plan may be mapped: each page that equals its slot, as far as its user may have that slot.
 
 Comparing is begun, and finished later: where there are comparers it goes on beside what the guard does
-meanwhile with the portion before.  What must hold is what verify.py says; nothing is changed here.
+meanwhile with the portion before.  What must hold is what verify.py says, and that a page is compared only
+once it is known that nobody else holds it (pins.py); nothing is changed here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gpuksm.guard import chains, comparer, faults
 from gpuksm.guard.chains import Chain
 from gpuksm.guard.commit import Outcome
 from gpuksm.guard.comparers import JOB_PAGES, Comparers, Job
+from gpuksm.guard.pins import free_pages, free_parts
 from gpuksm.guard.request import Planned
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import Target
@@ -83,6 +85,7 @@ def begin_chains(
             continue
         for chain in mine:
             numbers, slots = chains.allowed(host.store, target.user, chain, outcome.skip)
+            numbers, slots = free_pages(target, chain.addr, len(chain.slots), numbers, slots, outcome.skip)
             todo.append((number, chain, numbers))
             for low in range(0, len(numbers), JOB_PAGES):
                 some = slice(low, low + JOB_PAGES)
@@ -148,6 +151,10 @@ def _wanted(host: Host, portion: list[Planned], outcome: Outcome) -> dict[int, l
             wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, item.slot))
         elif item.op == wire.OP_ZERO:
             wanted.setdefault(item.target, []).append(Piece(item.record, item.addr, item.pages, None))
+    for number, pieces in wanted.items():
+        target = host.targets.get(number)
+        if target is not None and target.references is not None:
+            wanted[number] = [part for piece in pieces for part in free_parts(target, piece, outcome.skip)]
     return wanted
 
 

@@ -37,6 +37,7 @@ from gpuksm.guard.freeze import Freeze, FreezeFailed, ProcessCensus, release_str
 from gpuksm.guard.keeping import Keeping
 from gpuksm.guard.leftovers import unmap_leftovers
 from gpuksm.guard.pace import Pace
+from gpuksm.guard.pins import Pins
 from gpuksm.guard.registry import Registry
 from gpuksm.guard.sandbox import MUZZLED
 from gpuksm.guard.store import NOBODY, Store
@@ -72,6 +73,7 @@ class Guard:
         self.privileged = probe.has_fork_events()
         self.tether = Tether(self)
         self.comparers = Comparers(store)
+        self.pins = Pins()
         self._next_target = 1
         self.reclaimer = reclaim.Reclaimer(store)
         self._remerged = 0  # pages that were mapped over merged ones
@@ -109,14 +111,16 @@ class Guard:
         if target is None:
             target = adoption.take_over(self, pid)
         if target is None:
-            reason = eligibility.process_reason(pid, named=named, allowed=allowed)
+            reason = eligibility.process_reason(
+                pid, named=named, allowed=allowed, can_look=self.pins.can_look
+            )
             if reason is not None:
                 raise reason
             self._check_domain(pid)
             target = self._attach(pid, allowed.seccomp)
         elif target.link.agent.muzzled():
             raise Unsupported(f"process {pid} {MUZZLED}")
-        elif (reason := eligibility.writer_reason(pid, allowed)) is not None:
+        elif (reason := eligibility.writer_reason(pid, allowed, self.pins.can_look)) is not None:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
         target.allowed = allowed
         try:

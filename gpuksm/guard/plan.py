@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, TypeVar
 
-from gpuksm import eligibility, wire
-from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm import wire
+from gpuksm.errors import TargetGone
 from gpuksm.guard import chain_commit, comparing, faults, headroom, journal, request, verify
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.chains import Chain
-from gpuksm.guard.commit import Budget, Committer, Outcome
+from gpuksm.guard.commit import Budget, Committer, Outcome, intersect
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.pace import Pace
+from gpuksm.guard.pins import Pins, free_parts
 from gpuksm.guard.request import FILLS, Planned
-from gpuksm.guard.restore import FrozenContext, RestoreFailed, fix_ends, is_loose
+from gpuksm.guard.restore import FrozenContext, RestoreFailed, block_growth, fix_ends, is_loose
 from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.turns import take_turns
@@ -47,6 +48,7 @@ class Host(comparing.Host, Protocol):
 
     journal: journal.Journal
     pace: Pace
+    pins: Pins
     pauses_us: list[int]
 
     @property
@@ -70,7 +72,7 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     _remember(host, planned, column)
     window = _WINDOW_BESIDE if len(host.comparers) else _WINDOW_PAGES
     cut = _cut_to_windows(planned, window)
-    commits = _Commits(host, max_pause_us, _going_on(cut, wanted))
+    commits = _Commits(host, max_pause_us, _going_on(cut, wanted), _looked_at(host, planned, wanted))
     outcome = commits.outcome
     try:
         for pieces in _finished(
@@ -88,6 +90,15 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     merged = struct.pack(f"<{len(plan)}I", *(outcome.merged.get(i, 0) for i in range(len(plan))))
     vmas = {number: len(host.targets[number].runs) for number in commits.spans if number in host.targets}
     return Result(outcome, merged, vmas)
+
+
+def _looked_at(host: Host, planned: list[Planned], wanted: list[tuple[int, Chain]]) -> set[int]:
+    """Those targets of a plan of which each page is looked at whether somebody holds it."""
+    numbers = {item.target for item in planned} | {number for number, _ in wanted}
+    targets = [host.targets[number] for number in numbers if number in host.targets]
+    for target in targets:
+        host.pins.look(target)  # what may not be replaced at all is refused later
+    return {target.id for target in targets if target.references is not None}
 
 
 def _allocate(
@@ -246,22 +257,23 @@ def _fill(
         room -= item.pages
         tid = target.link.agent.tid
         extents.add(item.extent)
-        done = 0
+        done, mine = 0, list[Piece]()
         try:
             if item.op == wire.OP_FILL_REPLICA:
                 done = verify.fill_replica(host.store, tid, item.addr, item.pages, item.slot)
             else:
+                whole = Piece(item.record, item.addr, item.pages, item.slot)
+                mine = free_parts(target, whole, outcome.skip)  # before it is read
                 done = verify.fill(host.store, tid, item.addr, item.pages, item.slot, host.breathe)
         except ProcessLookupError:
             host.drop(target)
         filled += done
         if done < item.pages:
             empty.append(item._replace(slot=item.slot + done, pages=item.pages - done))
-        if item.op == wire.OP_FILL_REPLICA:
-            continue
-        if done:
-            pieces.setdefault(item.target, []).append(Piece(item.record, item.addr, done, item.slot))
-        outcome.skip("unreadable", item.pages - done)
+        read = intersect(mine, [(item.addr, item.addr + done * PAGE_SIZE)])
+        if read:
+            pieces.setdefault(item.target, []).extend(read)
+        outcome.skip("unreadable", sum(piece.pages for piece in mine) - sum(piece.pages for piece in read))
     _forget(host, empty)
     if host.store.used_bytes() - before > filled * PAGE_SIZE:
         host.store.trim(extents)
@@ -304,12 +316,14 @@ def _column(item: Planned, digests: bytes) -> bytes:
 class _Commits:
     """What is committed of a plan: pieces or chains of some targets at a time, which take turns.
 
-    `going_on`: see `_going_on`.  `spans`: of each target, where something of it may have changed.
+    `going_on`: see `_going_on`; `looked_at`: see `_looked_at`.  `spans`: of each target, where something of
+    it may have changed.
     """
 
     host: Host
     max_pause_us: int
     going_on: dict[int, set[int]]
+    looked_at: set[int]
     outcome: Outcome = field(default_factory=Outcome)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     budgets: dict[int, Budget] = field(default_factory=dict)
@@ -333,7 +347,7 @@ class _Commits:
         host, outcome = self.host, Outcome()
         pages = sum(item.end - item.addr for item in mine) // PAGE_SIZE
         target = host.targets.get(number)
-        reason = "gone" if target is None else _hindrance(target)
+        reason = "gone" if target is None else self._hindrance(target)
         if target is not None and reason is None:
             committer = Committer(
                 host.store,
@@ -355,22 +369,12 @@ class _Commits:
             outcome.skip(reason, max(0, pages - outcome.accounted))
         self.outcome.add(outcome)
 
-
-def _hindrance(target: Target) -> str | None:
-    """Why nothing of `target` can be committed now, whatever it is."""
-    if _may_be_pinned(target):
-        return "direct-io"
-    return "seccomp" if target.link.agent.muzzled() else None
-
-
-def _may_be_pinned(target: Target) -> bool:
-    """True when devices may write to the target's memory unseen since it was attached (hazard 8)."""
-    try:
-        return eligibility.pinning_reason(target.pid, target.allowed) is not None
-    except NotPermitted:
-        return True
-    except TargetGone:
-        return False  # the commit finds that out
+    def _hindrance(self, target: Target) -> str | None:
+        """Why nothing of `target` can be committed now, whatever it is."""
+        reason = self.host.pins.review(target)
+        if reason is None and target.references is not None and target.id not in self.looked_at:
+            reason = "direct-io"  # begun since: the next plan looks at its pages
+        return reason or ("seccomp" if target.link.agent.muzzled() else None)
 
 
 def _settle(host: Host, spans: dict[int, tuple[int, int]]) -> None:
@@ -388,7 +392,11 @@ def _settle(host: Host, spans: dict[int, tuple[int, int]]) -> None:
 
 def _fix(host: Host, target: Target, loose: list[int]) -> None:
     with host.frozen(target):
-        fix_ends(target, host.store, host.journal, loose)
+        try:
+            fix_ends(target, host.store, host.journal, loose)
+        except RestoreFailed:
+            for end in loose:
+                block_growth(target, host.store, host.journal, end)
 
 
 def _reason(host: Host, target: Target, work: Callable[[], None]) -> str | None:

@@ -1,7 +1,8 @@
 """Giving merged pages back as private anonymous memory.
 
 What must hold: after a restore the target reads exactly what it read before,
-pages it had written since the merge included, with the same protection.
+pages it had written since the merge included, with the same protection.  A page of its own that somebody
+else holds (pins.py) stays where it is: what a device writes to it would be lost in a copy.
 
 Done while the target is frozen, piece by piece: the agent maps fresh memory at a place
 of our choice, we copy the piece's present content into it (through /proc/PID/mem, so
@@ -45,6 +46,7 @@ from gpuksm.guard.target import (
 from gpuksm.linux import mappings, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
+from gpuksm.linux.page_references import FREE, HELD
 
 _CHUNK_PAGES = 512
 _LEAST_PAGES = 16  # fewer are left to the next pause, and so many are not what makes one long
@@ -58,6 +60,17 @@ FrozenContext = Callable[[Target], AbstractContextManager[Freeze]]  # Guard.froz
 
 class RestoreFailed(Exception):
     """The target could not get fresh memory (limits); what is merged stays merged and right."""
+
+
+class Held(RestoreFailed):
+    """Somebody else holds pages of [start, end), and may write to them: they must stay where they are."""
+
+    def __init__(self, target: Target, start: int, end: int) -> None:
+        super().__init__(
+            f"a device or the kernel holds memory of process {target.pid} ({start:#x}: direct I/O, io_uring "
+            "buffers?); unmerge again when that is done"
+        )
+        self.start, self.end = start, end
 
 
 def restore_piece(target: Target, journal: Journal, start: int, end: int, *, border: bool = False) -> None:
@@ -107,6 +120,7 @@ def _restore_part(
 ) -> None:
     """Restore [start, end), all of it of protection `prot`."""
     size = end - start
+    _check_not_held(target, start, size)
     try:
         fresh = _map_copy(target, journal, start, size)
         _fill_copy(target, start, size, fresh, prot)
@@ -120,6 +134,20 @@ def _restore_part(
         for page in range(start, end, PAGE_SIZE):
             target.borders.add(page)
             journal.append(BORDER, target.id, page)
+
+
+def _check_not_held(target: Target, start: int, size: int) -> None:
+    """Raise Held where somebody else holds pages of a piece (target frozen)."""
+    found = target.held(start, size // PAGE_SIZE)
+    first = -1 if found is None else found.find(HELD)
+    while found is not None and first >= 0:
+        count = found.find(FREE, first) - first if FREE in found[first:] else len(found) - first
+        low = start + first * PAGE_SIZE
+        os.preadv(target.memory, [_BUFFER.view[: count * PAGE_SIZE]], low)  # what is swapped out comes back
+        again = target.held(low, count)
+        if again is not None and HELD in again:
+            raise Held(target, low, low + count * PAGE_SIZE)
+        first = found.find(HELD, first + count)
 
 
 def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:
@@ -210,43 +238,74 @@ def _copy(target: Target, source: int, destination: int, size: int) -> None:
     vm.writev(target.link.agent.tid, [(_BUFFER.address, size)], [(destination, size)])
 
 
+class _Unmerging:
+    """How far the unmerging of a target has come; `held` tells of what was passed over."""
+
+    def __init__(self, target: Target, journal: Journal) -> None:
+        self.target, self.journal = target, journal
+        self.held: Held | None = None
+        self._at = self._before = 0  # from where to go on, and up to where at first
+        self._largest = _CHUNK_PAGES
+
+    def next(self) -> tuple[int, int] | None:
+        """Where the next piece lies, and how many pages it may have; None at the end."""
+        stretch = self.target.runs.first_stretch(self._largest, self._at)
+        if stretch is None:
+            return None
+        low, high = stretch
+        return low, ((self._before if low < self._before < high else high) - low) // PAGE_SIZE
+
+    def restore(self, low: int, pages: int) -> None:
+        """Make a piece private again, if that can be; else the next will be another."""
+        try:
+            restore_piece(self.target, self.journal, low, low + pages * PAGE_SIZE)
+        except Held as error:
+            if error.start > low:
+                self._before = error.start
+            else:
+                self.held, self._at = self.held or error, error.end
+        except RestoreFailed:
+            if pages == 1:
+                raise
+            self._largest = pages // 2  # RLIMIT_AS: the copy is address space, too, for a moment
+
+
 def restore_all(
     target: Target, journal: Journal, frozen: FrozenContext, max_pause_us: int
 ) -> Iterator[tuple[int, int]]:
-    """Unmerge a whole target in steps; of each the pages, and the microseconds for which it stood."""
-    largest = _CHUNK_PAGES
+    """Unmerge a whole target in steps; of each the pages, and the microseconds for which it stood.
+
+    What somebody holds is passed over; `Held` in the end.
+    """
+    work = _Unmerging(target, journal)
     # Half of the time is room for a page that takes longer than those before it.
     pace = Pace(aim=0.5, least_weight=_LEAST_PAGES * _PAGE_US / 2)
-    while target.runs.pages:
+    while work.next() is not None:
         started = time.monotonic_ns()
-        done = 0
+        merged, tried = target.runs.pages, False
         with frozen(target) as freeze:
             stopped = time.monotonic_ns()
             end = stopped + pace.work_us(max_pause_us) * 1000
-            while target.runs.pages:
-                low, high = target.runs.first_stretch(largest)
-                most = (high - low) // PAGE_SIZE
+            while (piece := work.next()) is not None:
+                low, most = piece
                 left_us = max(0.0, (end - time.monotonic_ns()) / 1000)
                 fitting, least = int(left_us / pace.ratio() / _PAGE_US), min(most, _LEAST_PAGES)
-                if done and fitting < least:
+                if tried and fitting < least:
                     break
+                tried = True
                 length = min(most, max(least, fitting))
-                began = time.monotonic_ns()
-                try:
-                    restore_piece(target, journal, low, low + length * PAGE_SIZE)
-                except RestoreFailed:
-                    if length == 1:
-                        raise
-                    largest = length // 2  # RLIMIT_AS: the copy is address space, too, for a moment
-                    continue
-                pace.learn_work(length * _PAGE_US, (time.monotonic_ns() - began) / 1000)
-                done += length
+                began, before = time.monotonic_ns(), target.runs.pages
+                work.restore(low, length)
+                if before - target.runs.pages == length:
+                    pace.learn_work(length * _PAGE_US, (time.monotonic_ns() - began) / 1000)
             if not target.runs.pages and target.placeholders:
                 remove_placeholders(target)
             worked = time.monotonic_ns()
         pause_us = (freeze.thawed_ns - started) // 1000
         pace.learn_stop(pause_us - (worked - stopped) / 1000)
-        yield done, pause_us
+        yield merged - target.runs.pages, pause_us
+    if work.held is not None:
+        raise work.held
 
 
 def is_loose(target: Target, store: Store, end: int) -> bool:

@@ -47,13 +47,18 @@ class Runs:
     def __iter__(self) -> Iterator[Run]:
         return map(Run, self._starts, self._ends, self._slots)
 
-    def first_stretch(self, pages: int) -> tuple[int, int]:
-        """Where the first runs lie that follow each other without a gap: at most so many pages."""
-        start = end = self._starts[0]
-        for low, high in zip(self._starts, self._ends, strict=True):
-            if low != end or end - start >= pages * PAGE_SIZE:
-                break
-            end = high
+    def first_stretch(self, pages: int, at: int = 0) -> tuple[int, int] | None:
+        """Where the first runs from address `at` on lie that follow each other without a gap, or None.
+
+        At most `pages` of them.
+        """
+        index = bisect.bisect_right(self._ends, at)
+        if index == len(self):
+            return None
+        start = end = max(at, self._starts[index])
+        while index < len(self) and max(at, self._starts[index]) == end and end - start < pages * PAGE_SIZE:
+            end = self._ends[index]
+            index += 1
         return start, min(end, start + pages * PAGE_SIZE)
 
     def loose_ends(self) -> list[int]:

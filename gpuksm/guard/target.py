@@ -20,6 +20,7 @@ from gpuksm.guard.journal import ADVICE, COREDUMP, Journal
 from gpuksm.guard.runs import Runs
 from gpuksm.linux import mappings, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux.page_references import PageReferences
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 2, 0x10, 0x20, 0x4000
@@ -40,7 +41,8 @@ class Target:
     `allowed`: what its user knows to do no harm.
     `calm_from`: when (of the monotonic clock) what was armed last and is unwritten counts as calm.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
-    `advice`: of the memory that is tracked or merged, see advice.py.
+    `advice`: of the memory that is tracked or merged, see advice.py.  `references` tells which of its
+    pages somebody else holds, where somebody may (pins.py).
     """
 
     id: int
@@ -68,6 +70,7 @@ class Target:
     allowed: Allowed = NOTHING
     calm_from: float = 0.0
     advice: Advice = field(default_factory=Advice)
+    references: PageReferences | None = None
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:
@@ -96,6 +99,10 @@ class Target:
     def query(self, address: int) -> mappings.VmaQuery | None:
         """The VMA that covers `address`, or None."""
         return mappings.query_vma(self.maps, address, or_next=False)
+
+    def held(self, start: int, pages: int) -> bytearray | None:
+        """For each page from `start` whether somebody else holds it; None where nobody may."""
+        return None if self.references is None else self.references.held(self.pagemap, start, pages)
 
     def is_own(self, start: int, end: int) -> bool:
         """True when the agent's code page or control block lies in [start, end)."""

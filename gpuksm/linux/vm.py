@@ -45,6 +45,10 @@ _pread = function(
     "pread", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_longlong
 )
 
+_vmsplice = function(
+    "vmsplice", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_uint
+)
+
 # Address of process_vm_readv, for machine code that calls it without the interpreter; -1 on failure.
 READV_ADDRESS: int = ctypes.cast(_process_vm_readv, ctypes.c_void_p).value or 0
 
@@ -100,6 +104,12 @@ def read_into(pid: int, address: int, buffer: Writable) -> int:
     """Read process `pid` from `address` on into all of a writable `buffer`; returns bytes read."""
     size = memoryview(buffer).nbytes
     return readv(pid, [(address_of(buffer), size)], [(address, size)])
+
+
+def splice_page(pipe: int, address: int) -> None:
+    """Put the page at our `address` itself into a pipe, which holds it until it is read (vmsplice(2))."""
+    vector = (ctypes.c_uint64 * 2)(address, PAGE_SIZE)
+    _vmsplice(pipe, ctypes.addressof(vector), 1, 0)
 
 
 def open_mem(pid: int) -> int:

@@ -22,7 +22,7 @@ from gpuksm.hashing import select
 from gpuksm.hashing.compiled import library
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.hashing.sort import KERNELS as SORT_KERNELS
-from gpuksm.linux import mappings, procfs
+from gpuksm.linux import mappings, page_references, procfs
 from gpuksm.scan import nodes
 from gpuksm.scan.columns import COLUMN_KERNELS, I64, PAGE_BYTES
 from gpuksm.scan.equals import Repeats
@@ -125,7 +125,9 @@ def _opened(
     for number, target in enumerate(targets):
         progress.update("look", number, len(targets))
         subject = _Subject(target.pid, "", None, {}, None)
-        error = eligibility.process_reason(target.pid, named=target.named, allowed=options.allowed)
+        error = eligibility.process_reason(
+            target.pid, named=target.named, allowed=options.allowed, can_look=page_references.can_look
+        )
         try:
             subject.name = procfs.stat(target.pid).comm
             if error is None:

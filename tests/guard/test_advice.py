@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gpuksm import eligibility
@@ -48,6 +48,7 @@ def test_neighbours_of_one_kind_are_one_range(layout: list[int]) -> None:
 
 
 @given(LAYOUTS, st.integers(0, PAGES), st.integers(0, PAGES))
+@example([1, 1] + [0] * (PAGES - 2), 1, 0)
 def test_what_is_within_a_range(layout: list[int], first: int, count: int) -> None:
     found = [0] * PAGES
     for start, end, bits in _of(layout).within([(first, min(PAGES, first + count))]):

@@ -49,6 +49,10 @@ def test_like_a_dictionary_of_pages(steps: list[tuple[bool, int, int, int]]) -> 
         if model:
             low, high = runs.stretches()[0]
             assert runs.first_stretch(5) == (low, min(high, low + 5 * PAGE_SIZE))
+        for address in range(0, 60 * PAGE_SIZE, PAGE_SIZE):
+            behind = [(max(low, address), high) for low, high in runs.stretches() if high > address]
+            first = [(low, min(high, low + 3 * PAGE_SIZE)) for low, high in behind[:1]]
+            assert runs.first_stretch(3, address) == (first[0] if first else None)
         for left, right in itertools.pairwise(ordered):
             assert left.end <= right.start
             assert not (left.end == right.start and left.slot_end == right.slot), "neighbours must be joined"

@@ -66,20 +66,6 @@ def _pids(*victims: Victim) -> list[object]:
     return [part for victim in victims for part in ("--pid", victim.pid)]
 
 
-def test_direct_io_is_skipped(world: World, tmp_path: Path) -> None:
-    folder = Path("/var/tmp")  # a tmpfs has no O_DIRECT on older kernels
-    path = folder / f"gpuksm-direct-{os.getpid()}"
-    try:
-        odd, plain = _with_plain(world, "direct", path)
-        result = world.gpuksm("scan", "--json", *_pids(odd, *plain))
-        assert odd.merged_pages("memory") == 0
-        assert plain[0].merged_pages("memory") == 256
-        assert result.code == 0, result.err
-        odd.verify()
-    finally:
-        path.unlink(missing_ok=True)
-
-
 @pytest.mark.parametrize("kind", ["locked", "uffd", "shared", "stack", "wiped", "undumped"])
 def test_memory_that_is_never_merged(each_world: World, kind: str) -> None:
     world = each_world

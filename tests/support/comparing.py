@@ -45,4 +45,5 @@ class Host:
 
 def target(tid: int, user: int) -> Any:
     """A target of `user` that is read through thread `tid`."""
-    return SimpleNamespace(user=user, link=SimpleNamespace(agent=SimpleNamespace(tid=tid)))
+    link = SimpleNamespace(agent=SimpleNamespace(tid=tid))
+    return SimpleNamespace(user=user, link=link, references=None, held=lambda _start, _pages: None)

@@ -24,7 +24,7 @@ class Group(NamedTuple):
     @property
     def wrapper(self) -> tuple[str, ...]:
         """What starts a program inside of it."""
-        return ("sh", "-c", _IN_GROUP, str(self.path))
+        return inside(self.path)
 
     def used(self) -> int:
         """Bytes charged to it, anonymous and shared memory alone."""
@@ -60,11 +60,17 @@ def memory_group(name: str) -> Iterator[Group]:
                 yield Group(path, path / limit, path / usage)
                 return
         finally:
-            _remove(path)
+            remove(path)
     requirements_env.require("memcg", "no memory control group can be made here")
 
 
-def _remove(path: Path) -> None:
+def inside(path: Path) -> tuple[str, ...]:
+    """What starts a program inside of the group at `path`."""
+    return ("sh", "-c", _IN_GROUP, str(path))
+
+
+def remove(path: Path) -> None:
+    """Take a group away; what is in it goes to the one above."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):

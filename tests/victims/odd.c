@@ -10,7 +10,6 @@
  *   exits MS, execs MS     ends, or becomes /bin/cat, after MS milliseconds
  *   seccomp     has a filter that kills on socketpair
  *   locked      its memory is mlocked
- *   direct PATH has PATH open with O_DIRECT
  *   uffd        has a userfaultfd of its own on its memory
  *   undumpable  prctl(PR_SET_DUMPABLE, 0)
  *   shared      its memory is MAP_SHARED
@@ -175,8 +174,6 @@ static void become(const char *kind)
 		filter_socketpair();
 	else if (!strcmp(kind, "locked"))
 		must(!mlock(memory.at, PAGES * PAGE));
-	else if (!strcmp(kind, "direct"))
-		must(open(argument, O_RDWR | O_CREAT | O_DIRECT, 0600) >= 0);
 	else if (!strcmp(kind, "uffd"))
 		own_userfaultfd();
 	else if (!strcmp(kind, "undumpable"))

@@ -1,0 +1,113 @@
+"""Pages of a target that somebody else holds, and would go on writing to where they no longer are.
+
+What must hold (docs/hazards.md, 8): no page is replaced that a device, a pipe or the kernel itself writes to
+past the page tables.  Who takes hold of a page in order to write to it has it made writable first, and that
+is a write like any other: the page is not "unwritten" any more.  So it is enough to look once, after the page
+was armed: who does not hold it then has finished writing, and who takes hold of it later is seen by the
+commit, inside the freeze.  What is compared, and what a slot is filled from, is read after that look, or it
+could be what the device had not written yet.  A page that is to be given back is looked at while the target
+is frozen: no thread of it, the kernel's own in it among them, can take hold of it then.
+
+Only processes that may have such pages are looked at so, and only by root (page_references.py).  Who may
+write without holding a page, as vhost's threads and devices with page tables of their own do, is told by
+descriptors (eligibility.py), and such a process is left out.
+
+If we die: nothing was changed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from array import array
+from collections.abc import Callable
+
+from gpuksm import eligibility
+from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone
+from gpuksm.guard.target import Target
+from gpuksm.guard.verify import Piece
+from gpuksm.linux._libc import PAGE_SIZE
+from gpuksm.linux.page_references import FREE, HELD, PageReferences, drain
+
+_DRAIN_SECONDS = 0.1  # between two times that all processors have to do something for us
+
+
+class Pins:
+    """Whether and how pages that are held can be told here; that is tried when it is asked for first."""
+
+    def __init__(self) -> None:
+        self._references: PageReferences | None = None
+        self._tried = False
+        self._drained = 0.0
+
+    def can_look(self) -> bool:
+        """Whether held pages can be told from others."""
+        if not self._tried:
+            self._tried = True
+            with contextlib.suppress(FeatureMissing):  # `gpuksm doctor` tells why
+                self._references = PageReferences()
+        return self._references is not None
+
+    def look(self, target: Target) -> None:
+        """`review`, before the pages of a target are looked at."""
+        self.review(target)
+        if target.references is not None and time.monotonic() > self._drained + _DRAIN_SECONDS:
+            drain()
+            self._drained = time.monotonic()
+
+    def review(self, target: Target) -> str | None:
+        """See whether pages of `target` may be held; why nothing of it may be replaced, or None.
+
+        Once that was so its pages are looked at for good: what holds them may have been closed since.
+        """
+        asked = False
+
+        def can_look() -> bool:
+            nonlocal asked
+            asked = True
+            return self.can_look()
+
+        try:
+            reason = eligibility.pinning_reason(target.pid, target.allowed, can_look)
+        except NotPermitted:
+            return "direct-io"
+        except TargetGone:
+            return None  # the commit finds that out
+        if reason is not None:
+            return "direct-io"
+        if asked:
+            target.references = self._references
+        return None
+
+
+def free_parts(target: Target, piece: Piece, skip: Callable[[str, int], None]) -> list[Piece]:
+    """The parts of `piece` that nobody holds; `skip` is told how many pages of it are held."""
+    found = target.held(piece.addr, piece.pages)
+    if found is None:
+        return [piece]
+    skip("pinned", found.count(HELD))
+    parts, at = [], found.find(FREE)
+    while at >= 0:
+        end = found.find(HELD, at)
+        end = len(found) if end < 0 else end
+        slot = None if piece.slot is None else piece.slot + at
+        parts.append(Piece(piece.record, piece.addr + at * PAGE_SIZE, end - at, slot))
+        at = found.find(FREE, end)
+    return parts
+
+
+def free_pages(
+    target: Target,
+    addr: int,
+    count: int,
+    numbers: array[int],
+    slots: array[int],
+    skip: Callable[[str, int], None],
+) -> tuple[array[int], array[int]]:
+    """Those of pages `numbers` (counted from `addr`, below `count`) that nobody holds, and their `slots`."""
+    found = target.held(addr, count)
+    if found is None or HELD not in found:
+        return numbers, slots
+    free = [at for at, number in enumerate(numbers) if found[number] == FREE]
+    skip("pinned", len(numbers) - len(free))
+    return array("I", [numbers[at] for at in free]), array("Q", [slots[at] for at in free])

@@ -1,0 +1,92 @@
+"""What is left of a plan where somebody else holds pages."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpuksm import eligibility
+from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone, Unsupported
+from gpuksm.guard import pins
+from gpuksm.guard.pins import Pins, free_pages, free_parts
+from gpuksm.guard.verify import Piece
+
+
+def _target(held: list[int] | None, pages: int = 8) -> Any:
+    """A target of which these pages from address 0x1000 on are held; None: nobody may hold any."""
+
+    def looked(start: int, count: int) -> bytearray | None:
+        assert (start, count) == (0x1000, pages)
+        return None if held is None else bytearray(page in held for page in range(pages))
+
+    return SimpleNamespace(held=looked, pid=1, allowed=eligibility.NOTHING, references=None)
+
+
+@pytest.mark.parametrize(
+    ("held", "left"),
+    [
+        (None, [(0, 8)]),
+        ([], [(0, 8)]),
+        ([0], [(1, 7)]),
+        ([7], [(0, 7)]),
+        ([2, 3, 5], [(0, 2), (4, 1), (6, 2)]),
+        (list(range(8)), []),
+    ],
+)
+def test_parts_that_nobody_holds(held: list[int] | None, left: list[tuple[int, int]]) -> None:
+    skipped: dict[str, int] = {}
+    for slot in (None, 100):
+        parts = free_parts(_target(held), Piece(3, 0x1000, 8, slot), skipped.__setitem__)
+        wanted = [
+            Piece(3, 0x1000 + first * 4096, pages, None if slot is None else slot + first)
+            for first, pages in left
+        ]
+        assert parts == wanted
+    assert sum(skipped.values()) == len(held or [])
+    numbers, slots = array("I", [6, 2, 0, 5]), array("Q", [10, 11, 12, 13])
+    free = free_pages(_target(held), 0x1000, 8, numbers, slots, skipped.__setitem__)
+    kept = [(n, s) for n, s in zip(numbers, slots, strict=True) if n not in (held or [])]
+    assert list(zip(*free, strict=True)) == kept
+
+
+def test_whether_pages_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where somebody may hold some; and for good once that was so."""
+    answers: list[Any] = []
+
+    def pinning_reason(pid: int, allowed: eligibility.Allowed, can_look: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer(can_look)
+
+    monkeypatch.setattr(eligibility, "pinning_reason", pinning_reason)
+    made: list[str] = []
+    monkeypatch.setattr(pins, "PageReferences", lambda: made.append("references") or made[-1])
+    target, tested = _target(None), Pins()
+    answers += [
+        lambda can_look: None,
+        NotPermitted("no"),
+        TargetGone("gone"),
+        lambda can_look: Unsupported("x"),
+    ]
+    assert [tested.review(target) for _ in range(4)] == [None, "direct-io", None, "direct-io"]
+    assert (target.references, made) == (None, [])
+    answers += [lambda can_look: None if can_look() else Unsupported("x"), lambda can_look: None]
+    assert [tested.review(target) for _ in range(2)] == [None, None]
+    assert (target.references, made) == ("references", ["references"])
+
+
+def test_where_they_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def missing() -> None:
+        tries.append(1)
+        raise FeatureMissing("no")
+
+    monkeypatch.setattr(pins, "PageReferences", missing)
+    tested = Pins()
+    assert [tested.can_look() for _ in range(3)] == [False] * 3
+    assert len(tries) == 1
