@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
         Workload("writers", "mix", count, shared // 2, own // 4, arguments.write_rate),
         Workload("busy writers", "mix", count, shared // 2, own // 4, 0),
     ]
-    return [each for each in every if not arguments.workload or each.name in arguments.workload]
+    return [
+        replace(each, aio=arguments.aio)
+        for each in every
+        if not arguments.workload or each.name in arguments.workload
+    ]
 
 
 @contextmanager
@@ -256,6 +261,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shared-mb", type=int, help="equal MiB of each process of mix; half in the others")
     parser.add_argument("--own-mb", type=int, help="own MiB of each process of mix; a quarter in the others")
     parser.add_argument("--write-rate", type=int, default=1000, help="events a second of each writer")
+    parser.add_argument("--aio", action="store_true", help="have pages looked at for devices that hold them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0, help="of steady state, and of writing")
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured to FILE")

@@ -19,7 +19,10 @@ KSM_SHARING = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """How many processes, and what is in them; sizes in MiB; `rate` of writes a second, None: no writers."""
+    """How many processes, and what is in them; sizes in MiB; `rate` of writes a second, None: no writers.
+
+    `aio`: they could do asynchronous I/O, so that devices may hold pages of theirs.
+    """
 
     name: str
     kind: str
@@ -27,6 +30,7 @@ class Workload:
     shared_mb: int
     own_mb: int
     rate: int | None = None
+    aio: bool = False
 
     @property
     def expected_pages(self) -> int:
@@ -105,6 +109,8 @@ class Processes(Running):
                 self._running.append(subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True))
             # Where the memory of each begins.
             self.places = [int(row["memory"]) for row in self._answers()]
+            if workload.aio:
+                self.ask("aio")
         except BaseException:
             self.kill()
             raise

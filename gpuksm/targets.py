@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gpuksm import eligibility, errors
+from gpuksm import eligibility, errors, writers
 from gpuksm.client import GuardClient
 from gpuksm.linux import cgroup, procfs
 
@@ -134,7 +134,7 @@ def check_named(pid: int) -> None:
         raise errors.NoSuchProcess(f"there is no process {pid}; see `ps -e` for those that run") from None
     if leader != pid:
         raise errors.NoSuchProcess(f"{pid} is a thread of process {leader}; name that one")
-    reason = eligibility.process_reason(pid, named=True, allowed=eligibility.EVERYTHING)
+    reason = eligibility.process_reason(pid, named=True, allowed=writers.EVERYTHING)
     if reason is not None:
         raise reason
 

@@ -136,6 +136,12 @@ def _tun() -> str:
     return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "/dev/net/tun cannot be opened"
 
 
+def _vhost() -> str:
+    return _tun() or (
+        "" if os.access("/dev/vhost-net", os.R_OK | os.W_OK) else "/dev/vhost-net cannot be opened"
+    )
+
+
 def _btf() -> str:
     return "" if os.access("/sys/kernel/btf/vmlinux", os.R_OK) else "no /sys/kernel/btf/vmlinux"
 
@@ -167,6 +173,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "memory": _memory,
     "kvm": _kvm,
     "tun": _tun,
+    "vhost": _vhost,
     "btf": _btf,
     "bpf": _bpf,
 }

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from gpuksm import eligibility
+from gpuksm import eligibility, writers
 from gpuksm.errors import NoSuchProcess, NotPermitted, Unsupported
 from gpuksm.linux import procfs, seccomp, vm
 from gpuksm.linux.mappings import SmapsVma, Vma
@@ -40,9 +40,7 @@ def victim(code: str, after: str = "time.sleep(600)"):
 
 
 def reason(pid, named=True, can_look=lambda: False, **allowed):
-    return eligibility.process_reason(
-        pid, named=named, allowed=eligibility.Allowed(**allowed), can_look=can_look
-    )
+    return eligibility.process_reason(pid, named=named, allowed=writers.Allowed(**allowed), can_look=can_look)
 
 
 def test_a_plain_process_may_be_merged(tmp_path):
@@ -97,9 +95,9 @@ def test_zombie():
 @root
 def test_other_user_and_no_ptrace_permission():
     code = (
-        "import os, sys; sys.path.insert(0, os.getcwd())\nfrom gpuksm import eligibility\n"
+        "import os, sys; sys.path.insert(0, os.getcwd())\nfrom gpuksm import eligibility, writers\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "error = eligibility.process_reason(int(sys.argv[1]), named=True, allowed=eligibility.Allowed())\n"
+        "error = eligibility.process_reason(int(sys.argv[1]), named=True, allowed=writers.Allowed())\n"
         "print(type(error).__name__, error)"
     )
 
@@ -198,6 +196,34 @@ def test_nobody_asks_whether_pages_can_be_looked_at_where_nobody_holds_them():
         assert reason(pid, can_look=lambda: pytest.fail("asked")) is None
 
 
+def test_vhost_is_known_by_its_threads(monkeypatch):
+    """There is no such device here: /dev/null stands for one."""
+    monkeypatch.setattr(writers, "_VHOST_DEVICES", frozenset([(1, 3)]))
+    threads, stat = procfs.threads, procfs.stat
+    workers = {}
+
+    def stat_of(tid):
+        return workers.get(tid) or stat(tid)
+
+    monkeypatch.setattr(procfs, "threads", lambda pid: [*threads(pid), *workers])
+    monkeypatch.setattr(procfs, "stat", stat_of)
+    with victim("keep = [os.open('/dev/null', 0) for _ in range(2)]\nfor fd in (0, 2): os.close(fd)") as pid:
+        like = stat(pid)
+        for flags, comm, count, harmless in (
+            (0, "", 0, False),
+            (procfs.PF_USER_WORKER, f"vhost-{pid}", 1, False),
+            (procfs.PF_USER_WORKER, f"vhost-{pid}", 2, True),
+            (0, f"vhost-{pid}", 2, False),
+            (procfs.PF_USER_WORKER, "kvm-nx-lpage-re", 2, False),
+        ):
+            workers.clear()
+            workers.update({1 - tid: like._replace(flags=flags, comm=comm) for tid in range(2, 2 + count)})
+            told = reason(pid)
+            assert (told is None) == harmless, told
+            assert harmless or "uses vhost" in str(told)
+        assert reason(pid, direct_io=True) is None
+
+
 def test_descriptors_that_only_one_thread_has():
     code = (
         "import threading\ndef run():\n"
@@ -228,10 +254,10 @@ def test_a_thread_that_ends_just_then(ending, monkeypatch):
         monkeypatch.setattr(procfs, "fd_numbers", fd_numbers)
         monkeypatch.setattr(procfs, "stat", stat_of)
         if ending:
-            assert eligibility.pinning_reason(pid, eligibility.NOTHING) is None
+            assert writers.pinning_reason(pid, writers.NOTHING) is None
         else:
             with pytest.raises(NotPermitted):
-                eligibility.pinning_reason(pid, eligibility.NOTHING)
+                writers.pinning_reason(pid, writers.NOTHING)
 
 
 @pytest.mark.parametrize("name", ["libmpi.so.40.30.1", "libuct_cma.so.0", "mca_smsc_cma.so"])
@@ -310,7 +336,7 @@ def test_what_children_miss_is_merged_unless_devices_are_let_in(kinds):
     address = places["dont-fork"]
     wanted = [(address, address + 8 * PAGE)]
     assert eligibility.regions(pid, wanted) == ([(*wanted[0], 3)], {})
-    allowed = eligibility.Allowed(direct_io=True)
+    allowed = writers.Allowed(direct_io=True)
     assert eligibility.regions(pid, wanted, allowed=allowed) == ([], {"dont-fork": 8})
 
 

@@ -10,8 +10,8 @@
  * Commands: `mergeable` (MADV_MERGEABLE), `write RATE` (a thread begins to rewrite own
  * pages, RATE times a second, 0: as often as it can), `reset` (count anew), `count`,
  * `halt` (the thread ends), `rewrite PERCENT` (once, that share of all its pages, of its
- * own ones; while no thread writes), `check` (all bytes). It knows what each page must
- * contain and keeps that where nobody merges.
+ * own ones; while no thread writes), `aio` (makes a context for asynchronous I/O), `check`
+ * (all bytes). It knows what each page must contain and keeps that where nobody merges.
  */
 #include "../../tests/victims/victim.h"
 #include <stdatomic.h>
@@ -153,6 +153,9 @@ int main(int count, char **arguments)
 		} else if (sscanf(line, "rewrite %lu", &percent) == 1) {
 			say("OK pages=%zu", rewrite(percent));
 			continue;
+		} else if (!strcmp(line, "aio")) {
+			unsigned long context = 0;
+			must(!syscall(SYS_io_setup, 1, &context));
 		} else if (!strcmp(line, "check")) {
 			area_check(&memory);
 		} else {

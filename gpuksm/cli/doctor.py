@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from gpuksm import errors
+from gpuksm import errors, writers
 from gpuksm.cli import _options
 
 GOOD, NOTE, BAD = "ok", "note", "missing"
@@ -168,7 +168,7 @@ def _target(pid: int) -> dict[str, Any]:
         found["name"] = procfs.stat(pid).comm
         targets.check_named(pid)
         reason = eligibility.process_reason(
-            pid, named=True, allowed=eligibility.NOTHING, can_look=page_references.can_look
+            pid, named=True, allowed=writers.NOTHING, can_look=page_references.can_look
         )
         regions, skipped = eligibility.regions(pid, None)
         found["regions"] = len(regions)

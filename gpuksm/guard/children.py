@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpuksm import eligibility
+from gpuksm import writers
 from gpuksm.errors import GpuksmError, TargetGone
 from gpuksm.guard import arch, callers, events, faults, journal, places
 from gpuksm.guard.advice import DONTFORK, Advice, Advised
@@ -298,7 +298,7 @@ def _in_our_namespace(parent: int, number: int) -> int | None:
 def maps_store(guard: Guard, pid: int) -> bool:
     """Whether process `pid` maps the store."""
     try:
-        return mappings.maps_file(pid, guard.store.inode, eligibility.STORE_PATH)
+        return mappings.maps_file(pid, guard.store.inode, writers.STORE_PATH)
     except (TargetGone, GpuksmError):
         return False
 

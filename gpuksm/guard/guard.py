@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
-from gpuksm import eligibility
+from gpuksm import eligibility, writers
 from gpuksm.errors import GpuksmError, TargetGone, Unsupported
 from gpuksm.guard import (
     adoption,
@@ -107,7 +107,7 @@ class Guard:
         if target is not None and not target.has_agent():
             self.drop(target)
             target = None
-        allowed = eligibility.Allowed(*(bool(options.get(name)) for name in eligibility.Allowed._fields))
+        allowed = writers.Allowed(*(bool(options.get(name)) for name in writers.Allowed._fields))
         if target is None:
             target = adoption.take_over(self, pid)
         if target is None:
@@ -120,7 +120,7 @@ class Guard:
             target = self._attach(pid, allowed.seccomp)
         elif target.link.agent.muzzled():
             raise Unsupported(f"process {pid} {MUZZLED}")
-        elif (reason := eligibility.writer_reason(pid, allowed, self.pins.can_look)) is not None:
+        elif (reason := writers.writer_reason(pid, allowed, self.pins.can_look)) is not None:
             raise reason  # what is merged stays so: a device that pins such a page gets a copy
         target.allowed = allowed
         try:

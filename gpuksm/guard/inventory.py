@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from gpuksm import eligibility
+from gpuksm import writers
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.linux import mappings, procfs
 from gpuksm.linux._libc import PAGE_SIZE
@@ -44,7 +44,7 @@ class Inventory:
 
 def runs_in(text: bytes, inode: int) -> list[Run]:
     """What lines of /proc/PID/maps tell of the store `inode`."""
-    found = mappings.parse_file_mappings(text, inode, eligibility.STORE_PATH)
+    found = mappings.parse_file_mappings(text, inode, writers.STORE_PATH)
     return [Run(start, end, offset // PAGE_SIZE) for start, end, offset in found]
 
 

@@ -10,7 +10,7 @@ is frozen: no thread of it, the kernel's own in it among them, can take hold of 
 
 Only processes that may have such pages are looked at so, and only by root (page_references.py).  Who may
 write without holding a page, as vhost's threads and devices with page tables of their own do, is told by
-descriptors (eligibility.py), and such a process is left out.
+descriptors (writers.py), and such a process is left out.
 
 If we die: nothing was changed here.
 """
@@ -22,7 +22,7 @@ import time
 from array import array
 from collections.abc import Callable
 
-from gpuksm import eligibility
+from gpuksm import writers
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone
 from gpuksm.guard.target import Target
 from gpuksm.guard.verify import Piece
@@ -68,7 +68,7 @@ class Pins:
             return self.can_look()
 
         try:
-            reason = eligibility.pinning_reason(target.pid, target.allowed, can_look)
+            reason = writers.pinning_reason(target.pid, target.allowed, can_look)
         except NotPermitted:
             return "direct-io"
         except TargetGone:

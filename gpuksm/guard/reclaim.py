@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from gpuksm import eligibility
+from gpuksm import writers
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard.store import Store
 from gpuksm.linux import mappings, procfs
@@ -52,7 +52,7 @@ def reclaim(store: Store, born: int) -> int | None:
     pieces: list[tuple[int, int]] = []
     for pid in procfs.pids():
         try:
-            for start, end, offset in mappings.file_mappings(pid, store.inode, eligibility.STORE_PATH):
+            for start, end, offset in mappings.file_mappings(pid, store.inode, writers.STORE_PATH):
                 first = offset // PAGE_SIZE
                 pieces.append((first, first + (end - start) // PAGE_SIZE))
         except TargetGone:

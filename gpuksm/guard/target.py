@@ -9,7 +9,6 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gpuksm.eligibility import NOTHING, Allowed
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
 from gpuksm.guard.advice import DONTFORK, Advice, Advised
@@ -21,6 +20,7 @@ from gpuksm.guard.runs import Runs
 from gpuksm.linux import mappings, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.page_references import PageReferences
+from gpuksm.writers import NOTHING, Allowed
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 2, 0x10, 0x20, 0x4000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from gpuksm.eligibility import Allowed
+from gpuksm.writers import Allowed
 
 
 @dataclass(frozen=True)

@@ -355,6 +355,68 @@ REMOVALS = (
         (("        _cover_with_zeros(target, failed)\n", "        pass\n"),),
         "tests/safety/test_seccomp.py",
     ),
+    Removal(
+        "what is mapped is looked at for who holds it",
+        "gpuksm/guard/comparing.py",
+        (
+            (
+                "        if target is not None and target.references is not None:\n",
+                "        if target is None:\n",
+            ),
+        ),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "scattered pages are looked at for who holds them",
+        "gpuksm/guard/comparing.py",
+        (
+            (
+                "free_pages(target, chain.addr, len(chain.slots), numbers, slots, outcome.skip)",
+                "(numbers, slots)",
+            ),
+        ),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "what a slot is filled from is looked at for who holds it",
+        "gpuksm/guard/plan.py",
+        (
+            (
+                "                mine = free_parts(target, whole, outcome.skip)  # before it is read\n",
+                "                mine = [whole]\n",
+            ),
+        ),
+        "tests/safety/test_pinned.py tests/guard/test_pins.py",
+    ),
+    Removal(
+        "what is given back is looked at for who holds it",
+        "gpuksm/guard/restore.py",
+        (("    _check_not_held(target, start, size)\n", ""),),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "what is held is passed over when all is given back",
+        "gpuksm/guard/restore.py",
+        (
+            (
+                "                self.held, self._at = self.held or error, error.end\n",
+                "                raise\n",
+            ),
+        ),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "a process that begins direct I/O after a plan has begun is left alone",
+        "gpuksm/guard/plan.py",
+        ((" and target.id not in self.looked_at:", " and False:"),),
+        "tests/guard/test_pins.py",
+    ),
+    Removal(
+        "pages that a device has are looked at for the kernel's count of references",
+        "gpuksm/linux/page_references.py",
+        (('    code.jump_if_register(R3, "!=", R4, "found")\n', ""),),
+        "tests/linux/test_page_references.py",
+    ),
 )
 
 

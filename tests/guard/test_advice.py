@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpuksm import eligibility
+from gpuksm import writers
 from gpuksm.guard import tracking
 from gpuksm.guard.advice import DONTFORK, Advice, calls_for, told_by
 from gpuksm.guard.children import inherited
@@ -91,7 +91,7 @@ def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pyte
     """Other memory may have come to lie there, which a child would miss if it were marked."""
     looks = [list(_smaps("rd wr dc")), list(_smaps("rd wr"))]
     monkeypatch.setattr(mappings, "smaps", lambda _pid: looks.pop(0))
-    target: Any = SimpleNamespace(pid=1, id=1, allowed=eligibility.NOTHING, advice=Advice(), runs=Runs())
+    target: Any = SimpleNamespace(pid=1, id=1, allowed=writers.NOTHING, advice=Advice(), runs=Runs())
     target.runs.add(Run(0, PAGE_SIZE, 5))
     target.is_own = lambda _start, _end: False
     target.track = lambda regions, _limits: regions

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gpuksm import eligibility
+from gpuksm import wire, writers
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone, Unsupported
-from gpuksm.guard import pins
+from gpuksm.guard import pins, plan, verify
+from gpuksm.guard.commit import Outcome
 from gpuksm.guard.pins import Pins, free_pages, free_parts
+from gpuksm.guard.request import Planned
+from gpuksm.guard.store import Store
 from gpuksm.guard.verify import Piece
+from tests.support.comparing import Host, target
 
 
 def _target(held: list[int] | None, pages: int = 8) -> Any:
@@ -22,7 +27,7 @@ def _target(held: list[int] | None, pages: int = 8) -> Any:
         assert (start, count) == (0x1000, pages)
         return None if held is None else bytearray(page in held for page in range(pages))
 
-    return SimpleNamespace(held=looked, pid=1, allowed=eligibility.NOTHING, references=None)
+    return SimpleNamespace(held=looked, pid=1, allowed=writers.NOTHING, references=None)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +61,13 @@ def test_whether_pages_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where somebody may hold some; and for good once that was so."""
     answers: list[Any] = []
 
-    def pinning_reason(pid: int, allowed: eligibility.Allowed, can_look: Any) -> Any:
+    def pinning_reason(pid: int, allowed: writers.Allowed, can_look: Any) -> Any:
         answer = answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
         return answer(can_look)
 
-    monkeypatch.setattr(eligibility, "pinning_reason", pinning_reason)
+    monkeypatch.setattr(writers, "pinning_reason", pinning_reason)
     made: list[str] = []
     monkeypatch.setattr(pins, "PageReferences", lambda: made.append("references") or made[-1])
     target, tested = _target(None), Pins()
@@ -90,3 +95,41 @@ def test_where_they_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
     tested = Pins()
     assert [tested.can_look() for _ in range(3)] == [False] * 3
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize("op", [wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO])
+def test_pages_are_looked_at_before_they_are_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, op: int
+) -> None:
+    """Else what a device writes in between would be neither read nor seen."""
+    did: list[str] = []
+    mine = target(os.getpid(), 7)
+    mine.references = mine.held = lambda *_: did.append("look") or bytearray(4)
+    slot = store.allocate(4, 7, 0)
+
+    def read(*_: Any) -> int:
+        did.append("read")
+        return 4
+
+    monkeypatch.setattr(verify, "fill", read)
+    monkeypatch.setattr(verify, "_read", lambda *_: did.append("read") or 0)
+    item = Planned(0, op, 1, 0x1000, 4, slot, slot if op == wire.OP_FILL else None, 0, 0)
+    plan._begin(Host(store, {1: mine}), [item], set(), Outcome())()
+    assert did[0] == "look"
+    assert "read" in did
+
+
+def test_a_process_that_begins_it_within_a_plan_is_left_alone(store: Store) -> None:
+    mine = target(os.getpid(), 7)
+    mine.id, mine.link.agent.muzzled = 1, lambda: False
+    reasons: list[str | None] = []
+    host: Any = Host(store, {1: mine})
+    host.pins = SimpleNamespace(review=lambda _target: reasons.pop(0))
+    commits = plan._Commits(host, 5000, {}, set())
+    reasons += [None, "direct-io", None]
+    assert [commits._hindrance(mine) for _ in range(2)] == [None, "direct-io"]
+    mine.references = object()
+    assert commits._hindrance(mine) == "direct-io"
+    commits.looked_at.add(1)
+    reasons.append(None)
+    assert commits._hindrance(mine) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuksm import eligibility
+from gpuksm import eligibility, writers
 from gpuksm.errors import Unsupported
 from gpuksm.guard import attach, leftovers
 from gpuksm.linux import procfs, ptrace
@@ -64,21 +64,21 @@ def test_a_machine_that_may_run_machines_is_asked_about(
 ) -> None:
     pid = _machines(world)[0].pid
     for nested in (False, True):
-        monkeypatch.setattr(eligibility, "kvm_pins", lambda nested=nested: nested)
-        reason = eligibility.process_reason(pid, named=True, allowed=eligibility.Allowed())
+        monkeypatch.setattr(writers, "kvm_pins", lambda nested=nested: nested)
+        reason = eligibility.process_reason(pid, named=True, allowed=writers.Allowed())
         if nested:
             assert isinstance(reason, Unsupported)
             assert "--allow-kvm" in str(reason)
         else:
             assert reason is None
-        allowed = eligibility.Allowed(kvm=True)
+        allowed = writers.Allowed(kvm=True)
         assert eligibility.process_reason(pid, named=True, allowed=allowed) is None
     # Where devices are let in its guest's memory is left alone, unless both is said.
-    assert _leaves_unforked_out(pid, eligibility.Allowed(direct_io=True))
-    assert not _leaves_unforked_out(pid, eligibility.Allowed(direct_io=True, kvm=True))
+    assert _leaves_unforked_out(pid, writers.Allowed(direct_io=True))
+    assert not _leaves_unforked_out(pid, writers.Allowed(direct_io=True, kvm=True))
 
 
-def _leaves_unforked_out(pid: int, allowed: eligibility.Allowed) -> bool:
+def _leaves_unforked_out(pid: int, allowed: writers.Allowed) -> bool:
     return "dont-fork" in eligibility.regions(pid, allowed=allowed)[1]
 
 
@@ -100,8 +100,8 @@ def test_hosts_that_let_machines_run_machines(
     for name, value in modules.items():
         (tmp_path / name / "parameters").mkdir(parents=True)
         (tmp_path / name / "parameters" / "nested").write_text(value + "\n")
-    monkeypatch.setattr(eligibility, "_MODULES", tmp_path)
-    assert eligibility.kvm_pins() is pins
+    monkeypatch.setattr(writers, "_MODULES", tmp_path)
+    assert writers.kvm_pins() is pins
 
 
 def test_threads_of_the_kernel_are_not_taken_for_the_programs(world: World) -> None:

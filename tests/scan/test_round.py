@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from gpuksm import eligibility
+from gpuksm import eligibility, writers
 from gpuksm.client import GuardClient
 from gpuksm.errors import NoSuchProcess
 from gpuksm.linux import mappings, pagemap, procfs, vm
@@ -130,7 +130,7 @@ def test_three_workers_are_merged_and_later_ones_join_them(guard, workers):
     json.dumps(dataclasses.asdict(result))
 
     for worker in first:  # the agent in it is no reason to leave it out
-        assert eligibility.process_reason(worker.pid, named=True, allowed=eligibility.Allowed()) is None
+        assert eligibility.process_reason(worker.pid, named=True, allowed=writers.Allowed()) is None
     again = scan(guard, first)
     assert again.pages_merged < 300
     assert again.pages_shared <= result.pages_shared + 300
