@@ -6,8 +6,10 @@ readable by everybody.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpuksm.errors import FeatureMissing
@@ -16,7 +18,7 @@ PATH = Path("/sys/kernel/btf/vmlinux")
 
 _HEADER = struct.Struct("<HBBIIIII")
 _MAGIC = 0xEB9F
-_STRUCT, _ENUM = 4, 6
+_STRUCT, _UNION, _ENUM = 4, 5, 6
 _MODIFIERS = (8, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type tag
 # What follows a type's three words, in words: some, and some for each of its members.
 _WORDS, _WORDS_EACH = array("I", bytes(4 * 32)), array("I", bytes(4 * 32))
@@ -45,32 +47,27 @@ class Btf:
         self._strings = data[header + strings : header + strings + string_bytes]
         self._words = array("I")
         self._words.frombytes(data[header + types : header + types + type_bytes])
-        self._at = array("I", [0])  # where each type begins, by its number; 0 is void
-        at, words = 0, self._words
-        while at < len(words):
-            self._at.append(at)
-            info = words[at + 1]
-            kind = info >> 24 & 31
-            at += 3 + _WORDS[kind] + _WORDS_EACH[kind] * (info & 0xFFFF)
+        # Where each type begins, by its number (0 is void), as far as that was asked for.
+        self._at, self._end = array("I", [0]), 0
 
     def size(self, name: str) -> int:
         """Bytes of `struct name`."""
-        return self._words[self._at[self._find(name)] + 2]
+        return self._words[self._find(name) + 2]
 
     def offset(self, name: str, *members: str) -> int:
         """Bytes from the start of `struct name` to its member, to a member of that, and so on."""
-        number, offset = self._find(name), 0
+        at, offset = self._find(name), 0
         for member in members:
-            found = self._member(number, member)
+            found = self._member(at, member)
             if found is None:
                 raise FeatureMissing(f"this kernel's struct {name} has no {member}")
-            offset, number = offset + found[0], found[1]
+            offset, at = offset + found[0], self._type(found[1])
         return offset
 
     def enumerator(self, name: str) -> int:
         """The value of an enumerator, 32 bits."""
         wanted, words = self._name(name), self._words
-        for at in memoryview(self._at)[1:]:
+        for at in self._types():
             info = words[at + 1]
             if info >> 24 & 31 == _ENUM:
                 for item in range(at + 3, at + 3 + 2 * (info & 0xFFFF), 2):
@@ -84,28 +81,46 @@ class Btf:
             raise FeatureMissing(f"this kernel has no {name}")
         return at + 1
 
+    def _types(self) -> Iterator[int]:
+        """Where the types begin, from the first on."""
+        words, number = self._words, 1
+        while number < len(self._at) or self._end < len(words):
+            if number == len(self._at):
+                self._at.append(self._end)
+                info = words[self._end + 1]
+                kind = info >> 24 & 31
+                self._end += 3 + _WORDS[kind] + _WORDS_EACH[kind] * (info & 0xFFFF)
+            yield self._at[number]
+            number += 1
+
+    def _type(self, number: int) -> int:
+        """Where a type begins."""
+        if number >= len(self._at):
+            next(itertools.islice(self._types(), number - 1, None), None)
+        return self._at[number]
+
     def _find(self, name: str) -> int:
+        """Where `struct name` begins."""
         wanted, words = self._name(name), self._words
-        for number in range(1, len(self._at)):
-            at = self._at[number]
+        for at in self._types():
             if words[at] == wanted and words[at + 1] >> 24 & 31 == _STRUCT:
-                return number
+                return at
         raise FeatureMissing(f"this kernel has no struct {name}")
 
-    def _member(self, number: int, name: str) -> tuple[int, int] | None:
-        """(offset, type) of a member, those of nameless members among them."""
-        at, words = self._at[number], self._words
+    def _member(self, at: int, name: str) -> tuple[int, int] | None:
+        """(offset, type's number) of a member of the type that begins at `at`, or of a nameless member."""
+        words = self._words
         while words[at + 1] >> 24 & 31 in _MODIFIERS:
-            at = self._at[words[at + 2]]
+            at = self._type(words[at + 2])
         info = words[at + 1]
-        if info >> 24 & 31 not in (_STRUCT, _STRUCT + 1):
+        if info >> 24 & 31 not in (_STRUCT, _UNION):
             return None
         for item in range(at + 3, at + 3 + 3 * (info & 0xFFFF), 3):
             bits = words[item + 2] & 0xFFFFFF if info >> 31 else words[item + 2]
             called = self._strings[words[item] : self._strings.index(b"\0", words[item])].decode()
             if called == name:
                 return bits // 8, words[item + 1]
-            inner = None if called else self._member(words[item + 1], name)
+            inner = None if called else self._member(self._type(words[item + 1]), name)
             if inner is not None:
                 return bits // 8 + inner[0], inner[1]
         return None
