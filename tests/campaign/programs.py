@@ -80,6 +80,12 @@ _STRESS = (
     "stress-ng --verify --vm 2 --vm-bytes 64M --malloc 2 --malloc-bytes 96M --mremap 1 --mremap-bytes 16M "
     "--fork 1 --timeout SECONDS --temp-path FOLDER --oomable --metrics-brief"
 )
+# Buffers that a device has had for good before anything is read into most of them, and they are all alike.
+_FIO = (
+    "fio --name=job --directory=FOLDER --ioengine=ENGINE --direct=1 --rw=randrw --bs=16k --size=64M "
+    "--numjobs=2 --iodepth=512 --rate_iops=60 --verify=crc32c --verify_fatal=1 --verify_backlog=128 "
+    "--time_based --runtime=SECONDS"
+)
 # Where heaps are full of pointers, or pages have the server's own words in them, two copies are equal
 # only with the same layout, as `gpuksm exec --same-layout` gives it.
 _SAME = ("setarch", "-R")
@@ -108,6 +114,10 @@ PROGRAMS = (
     _churn("jemalloc", "libjemalloc.so.2"),
     _churn("mimalloc", "libmimalloc.so.2"),
     Program("stress-ng", tuple(_STRESS.split()), ("stress-ng",), by_status=True),
+    Program(
+        "fio, io_uring", (*_FIO.replace("ENGINE", "io_uring").split(), "--fixedbufs=1"), ("fio",), 1, True
+    ),
+    Program("fio, libaio", tuple(_FIO.replace("ENGINE", "libaio").split()), ("fio",), 1, True),
     Program("Geant4", _python("detectors.py", "SECONDS", _GEANT4_PYTHON), (_GEANT4_PYTHON or "/",), copies=1),
 )
 
