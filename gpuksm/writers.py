@@ -37,6 +37,8 @@ _HARMLESS_SOCKETS = re.compile(
 _HARMLESS_DEVICES = frozenset(
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200)]
 )
+# File systems that may do direct I/O though nobody asked: FOPEN_DIRECT_IO, cache=none.
+_MAY_READ_DIRECTLY = re.compile(r"fuse|virtiofs|9p$|cifs$|smb3$")
 _TTY_MAJORS = frozenset([4, *range(136, 144)])
 
 
@@ -174,8 +176,8 @@ def _device(pid: int, fd: int, link: str) -> tuple[int, int] | None:
     """Major and minor number of the character device in /dev that the descriptor is open on."""
     if not link.startswith("/dev/"):
         return None
-    info = procfs.fd_mode(pid, fd)
-    return (os.major(info.st_rdev), os.minor(info.st_rdev)) if statlib.S_ISCHR(info.st_mode) else None
+    file = procfs.fd_file(pid, fd)
+    return file.device if statlib.S_ISCHR(file.mode) else None
 
 
 def is_virtual_machine(pid: int) -> bool:
@@ -214,7 +216,9 @@ def _harmless_descriptor(pid: int, fd: int, link: str, can_look: CanLook) -> boo
     """Whether nothing behind this descriptor writes to the process's memory past its page tables.
 
     io_uring does: provided-buffer rings and rings in user memory are pinned and written to without a trace
-    in fdinfo or VmPin.  It and direct I/O hold each page for that, and write to no other.
+    in fdinfo or VmPin.  It and direct I/O hold each page for that.  So do some file systems while they read,
+    without O_DIRECT, if their server or a mount option says so: that is looked at where it can be, and
+    no reason where it cannot.
     """
     if _HARMLESS_LINK.match(link):
         return True
@@ -224,14 +228,17 @@ def _harmless_descriptor(pid: int, fd: int, link: str, can_look: CanLook) -> boo
         return _HARMLESS_SOCKETS.fullmatch(procfs.socket_protocol(pid, fd)) is not None
     if not link.startswith("/") or link.startswith("/dmabuf:"):
         return False
-    info = procfs.fd_mode(pid, fd)
-    kind = statlib.S_IFMT(info.st_mode)
+    file = procfs.fd_file(pid, fd)
+    kind = statlib.S_IFMT(file.mode)
     if kind == statlib.S_IFCHR:
-        device = (os.major(info.st_rdev), os.minor(info.st_rdev))
-        return device in _HARMLESS_DEVICES or device[0] in _TTY_MAJORS
+        return file.device in _HARMLESS_DEVICES or file.device[0] in _TTY_MAJORS
     if kind in (statlib.S_IFDIR, statlib.S_IFIFO, statlib.S_IFLNK):
         return True
     if kind in (statlib.S_IFREG, statlib.S_IFBLK):
         flags = re.search(r"^flags:\s*([0-7]+)$", procfs.fdinfo(pid, fd), re.MULTILINE)
-        return flags is not None and (not int(flags[1], 8) & os.O_DIRECT or can_look())
+        if flags is None or int(flags[1], 8) & os.O_DIRECT:
+            return flags is not None and can_look()
+        if not file.on[0] and _MAY_READ_DIRECTLY.match(procfs.mounted(pid).get(file.on, "")):
+            can_look()
+        return True
     return False

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -194,6 +195,24 @@ def test_what_lets_devices_write_unseen(code, told):
 def test_nobody_asks_whether_pages_can_be_looked_at_where_nobody_holds_them():
     with victim("keep = [os.pipe(), open(sys.executable)]") as pid:
         assert reason(pid, can_look=lambda: pytest.fail("asked")) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [("tmpfs", 0), ("fuse.cvmfs2", 1), ("virtiofs", 1), ("9p", 1), ("cifs", 1), ("nfs4", 0)],
+)
+def test_file_systems_that_read_directly_without_being_asked(kind, asked, monkeypatch):
+    """That is looked at where it can be; where it cannot, jobs with such files are merged all the same."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        number = os.fstat(file.fileno()).st_dev
+        if os.major(number):
+            pytest.skip("/dev/shm is no tmpfs")
+        monkeypatch.setattr(procfs, "mounted", lambda _pid: {(0, os.minor(number)): kind})
+        with victim(f"keep = open({file.name!r})") as pid:
+            for able in (False, True):
+                times = []
+                looked = reason(pid, can_look=lambda able=able, times=times: times.append(1) or able)
+                assert (looked, bool(times)) == (None, bool(asked))
 
 
 def test_vhost_is_known_by_its_threads(monkeypatch):

@@ -9,6 +9,7 @@ import click
 
 from gpuksm import errors
 from gpuksm.cli import _options, _output
+from gpuksm.linux import numa
 from gpuksm.targets import Selection
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def command(selection: Selection, everything: bool, max_pause: float, as_json: b
 
     Refuses (exit 10) when there is too little free memory for the copies;
     nothing is changed then. Ends with 7 when a process could not be given its
-    pages back: it could not be stopped, not even at later tries, or has got
-    a seccomp filter that does not let it map memory.
+    pages back: it could not be stopped, not even at later tries, has got a
+    seccomp filter that does not let it map memory, or a device holds some of
+    them (direct I/O, io_uring); the others are given back then.
     """
     from gpuksm import targets
     from gpuksm.client import GuardClient
@@ -54,6 +56,7 @@ def _unmerge(guard: GuardClient, pids: list[int] | None, max_pause_us: int) -> d
     lasting: dict[str, str] = {}
     while waiting:
         found["failed"] = dict(lasting)
+        numa.drain_lists()  # or pages seem held
         for chosen in waiting:
             try:
                 reply, _ = guard.request("unmerge", pids=chosen, max_pause_us=max_pause_us)

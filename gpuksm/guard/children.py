@@ -101,6 +101,7 @@ class Orphan:
         assert self.guard is not None
         assert self.pid is not None
         self.inventory = Inventory(self.pid, self.guard.store.inode)
+        self.guard.pins.prepare(self.pid)
 
     def service(self) -> None:
         """Read what waits, so that the threads can stop; see the head of this module."""
@@ -223,6 +224,7 @@ class Orphan:
         target.tethered = self.tethered
         target.advice = Advice(self.advice)
         self.guard.adopt(target)
+        self.guard.pins.review(target)
         if self.copy is not None:
             drop_copy(target, self.guard.store, self.guard.journal, self.copy)
         _take_runs(target, self.inventory, self.borders)

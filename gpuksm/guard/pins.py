@@ -9,8 +9,8 @@ could be what the device had not written yet.  A page that is to be given back i
 is frozen: no thread of it, the kernel's own in it among them, can take hold of it then.
 
 Only processes that may have such pages are looked at so, and only by root (page_references.py).  Who may
-write without holding a page, as vhost's threads and devices with page tables of their own do, is told by
-descriptors (writers.py), and such a process is left out.
+write without holding a page, as devices with page tables of their own do, is told by descriptors
+(writers.py), and such a process is left out.
 
 If we die: nothing was changed here.
 """
@@ -18,7 +18,6 @@ If we die: nothing was changed here.
 from __future__ import annotations
 
 import contextlib
-import time
 from array import array
 from collections.abc import Callable
 
@@ -27,9 +26,7 @@ from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone
 from gpuksm.guard.target import Target
 from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
-from gpuksm.linux.page_references import FREE, HELD, PageReferences, drain
-
-_DRAIN_SECONDS = 0.1  # between two times that all processors have to do something for us
+from gpuksm.linux.page_references import ANY_COPY, FREE, HELD, PageReferences
 
 
 class Pins:
@@ -38,7 +35,6 @@ class Pins:
     def __init__(self) -> None:
         self._references: PageReferences | None = None
         self._tried = False
-        self._drained = 0.0
 
     def can_look(self) -> bool:
         """Whether held pages can be told from others."""
@@ -48,17 +44,17 @@ class Pins:
                 self._references = PageReferences()
         return self._references is not None
 
-    def look(self, target: Target) -> None:
-        """`review`, before the pages of a target are looked at."""
-        self.review(target)
-        if target.references is not None and time.monotonic() > self._drained + _DRAIN_SECONDS:
-            drain()
-            self._drained = time.monotonic()
+    def prepare(self, pid: int) -> None:
+        """Have tried whether one can look, if a review of this process will ask: that takes 40 ms."""
+        with contextlib.suppress(NotPermitted, TargetGone, OSError):
+            if writers.pinning_reason(pid, writers.NOTHING, self.can_look) is not None:
+                self.can_look()
 
     def review(self, target: Target) -> str | None:
         """See whether pages of `target` may be held; why nothing of it may be replaced, or None.
 
-        Once that was so its pages are looked at for good: what holds them may have been closed since.
+        Once that was so its pages are looked at for good: what holds them may have been closed since.  Where
+        nobody can look, each copy that it has of a merged page is believed to be held, while it may be.
         """
         asked = False
 
@@ -68,16 +64,18 @@ class Pins:
             return self.can_look()
 
         try:
-            reason = writers.pinning_reason(target.pid, target.allowed, can_look)
-        except NotPermitted:
-            return "direct-io"
+            refused = writers.pinning_reason(target.pid, target.allowed, can_look) is not None
+        except (NotPermitted, OSError):
+            refused = True
         except TargetGone:
             return None  # the commit finds that out
-        if reason is not None:
-            return "direct-io"
-        if asked:
+        if (refused or asked) and self.can_look():
             target.references = self._references
-        return None
+        elif refused:
+            target.references = ANY_COPY
+        elif target.references is ANY_COPY:
+            target.references = None
+        return "direct-io" if refused else None
 
 
 def free_parts(target: Target, piece: Piece, skip: Callable[[str, int], None]) -> list[Piece]:

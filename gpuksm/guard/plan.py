@@ -97,7 +97,7 @@ def _looked_at(host: Host, planned: list[Planned], wanted: list[tuple[int, Chain
     numbers = {item.target for item in planned} | {number for number, _ in wanted}
     targets = [host.targets[number] for number in numbers if number in host.targets]
     for target in targets:
-        host.pins.look(target)  # what may not be replaced at all is refused later
+        host.pins.review(target)  # what may not be replaced at all is refused later
     return {target.id for target in targets if target.references is not None}
 
 

@@ -67,8 +67,8 @@ class Held(RestoreFailed):
 
     def __init__(self, target: Target, start: int, end: int) -> None:
         super().__init__(
-            f"a device or the kernel holds memory of process {target.pid} ({start:#x}: direct I/O, io_uring "
-            "buffers?); unmerge again when that is done"
+            f"a device or the kernel may hold memory of process {target.pid} ({start:#x}: direct I/O, "
+            "io_uring?); unmerge again when that is done"
         )
         self.start, self.end = start, end
 
@@ -139,15 +139,15 @@ def _restore_part(
 def _check_not_held(target: Target, start: int, size: int) -> None:
     """Raise Held where somebody else holds pages of a piece (target frozen)."""
     found = target.held(start, size // PAGE_SIZE)
+    if found is None or HELD not in found:
+        return
+    os.preadv(target.memory, [_BUFFER.view[:size]], start)  # what is swapped out comes back
+    found = target.held(start, size // PAGE_SIZE)
     first = -1 if found is None else found.find(HELD)
-    while found is not None and first >= 0:
-        count = found.find(FREE, first) - first if FREE in found[first:] else len(found) - first
-        low = start + first * PAGE_SIZE
-        os.preadv(target.memory, [_BUFFER.view[: count * PAGE_SIZE]], low)  # what is swapped out comes back
-        again = target.held(low, count)
-        if again is not None and HELD in again:
-            raise Held(target, low, low + count * PAGE_SIZE)
-        first = found.find(HELD, first + count)
+    if found is not None and first >= 0:
+        behind = found.find(FREE, first)
+        end = start + behind * PAGE_SIZE if behind >= 0 else start + size
+        raise Held(target, start + first * PAGE_SIZE, end)
 
 
 def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:
@@ -239,7 +239,11 @@ def _copy(target: Target, source: int, destination: int, size: int) -> None:
 
 
 class _Unmerging:
-    """How far the unmerging of a target has come; `held` tells of what was passed over."""
+    """How far the unmerging of a target has come; `held` tells of what was passed over.
+
+    What is passed over stays merged: the page behind it becomes a border page, or growth would show other
+    slots.
+    """
 
     def __init__(self, target: Target, journal: Journal) -> None:
         self.target, self.journal = target, journal
@@ -253,12 +257,18 @@ class _Unmerging:
         if stretch is None:
             return None
         low, high = stretch
-        return low, ((self._before if low < self._before < high else high) - low) // PAGE_SIZE
+        if low < self._before < high:
+            high = self._before
+        return low, 1 if self._is_behind_held(low) else (high - low) // PAGE_SIZE
+
+    def _is_behind_held(self, page: int) -> bool:
+        return self.held is not None and page == self._at
 
     def restore(self, low: int, pages: int) -> None:
         """Make a piece private again, if that can be; else the next will be another."""
+        border = self._is_behind_held(low)
         try:
-            restore_piece(self.target, self.journal, low, low + pages * PAGE_SIZE)
+            restore_piece(self.target, self.journal, low, low + pages * PAGE_SIZE, border=border)
         except Held as error:
             if error.start > low:
                 self._before = error.start
@@ -320,19 +330,26 @@ def fix_ends(target: Target, store: Store, journal: Journal, ends: list[int]) ->
     """Make growth of runs that end at the addresses `ends` safe (docs/hazards.md, 3).
 
     A run that ends inside its extent, with nothing watched behind it, gives up its
-    last page: it becomes a private border page.  The target must be frozen.
+    last page: it becomes a private border page.  The target must be frozen.  RestoreFailed in the end where
+    that could not be done for some of them.
     """
+    failed: RestoreFailed | None = None
     for end in ends:
         run = target.runs.at(end - PAGE_SIZE)
         if run is not None and is_loose(target, store, end):
-            restore_piece(target, journal, end - PAGE_SIZE, end, border=True)
+            try:
+                restore_piece(target, journal, end - PAGE_SIZE, end, border=True)
+            except RestoreFailed as error:
+                failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def block_growth(target: Target, store: Store, journal: Journal, end: int) -> None:
     """Where `fix_ends` cannot be had: an inaccessible page behind the run, watched like a border page.
 
-    Needs no stopped thread.  A call that grows the run then has to move it.  Where
-    something of the target's own has come to lie, growth is impossible as well.
+    Needs no stopped thread.  A call that grows the run then has to move it.  Where something of the target's
+    own lies, growth is impossible as well; it is watched from then on, if it can be: it may be unmapped.
     """
     if not is_loose(target, store, end):
         return
@@ -343,7 +360,11 @@ def block_growth(target: Target, store: Store, journal: Journal, end: int) -> No
     results = target.link.agent.perform(table)
     if results[mapped] == end:
         target.placeholders.add(end)
-    if results[mapped + 1] == 0:
+    elif results[mapped + 1] != 0:
+        table = Table()
+        target.add_border(table, end)
+        results = [0, target.link.agent.perform(table)[-1]]
+    if results[-1] == 0:
         target.borders.add(end)
         journal.append(BORDER, target.id, end)
 
@@ -353,7 +374,10 @@ def remove_placeholders(target: Target) -> None:
     for page in target.placeholders & target.borders:
         vma = target.query(page)
         if vma is not None and not vma.inode and not protection(vma):
-            target.link.agent.call(arch.current().NR.MUNMAP, page, PAGE_SIZE)
+            table = Table()
+            target.add_unregister(table, page, PAGE_SIZE)  # or the agent would wait for us
+            table.add(arch.current().NR.MUNMAP, page, PAGE_SIZE, after_success=True)
+            target.link.agent.perform(table)
     target.placeholders.clear()
 
 

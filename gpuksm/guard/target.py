@@ -19,7 +19,7 @@ from gpuksm.guard.journal import ADVICE, COREDUMP, Journal
 from gpuksm.guard.runs import Runs
 from gpuksm.linux import mappings, pagemap, procfs, uffd
 from gpuksm.linux._libc import PAGE_SIZE
-from gpuksm.linux.page_references import PageReferences
+from gpuksm.linux.page_references import Copies, PageReferences
 from gpuksm.writers import NOTHING, Allowed
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -70,7 +70,7 @@ class Target:
     allowed: Allowed = NOTHING
     calm_from: float = 0.0
     advice: Advice = field(default_factory=Advice)
-    references: PageReferences | None = None
+    references: PageReferences | Copies | None = None
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:

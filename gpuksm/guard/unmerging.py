@@ -70,8 +70,8 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
         if target.runs.pages and target.link.agent.muzzled():
             failed[str(target.pid)] = MUZZLED
             return
-        guard.pins.look(target)
         try:
+            guard.pins.review(target)
             for count, pause_us in restore.restore_all(target, guard.journal, guard.frozen, max_pause_us):
                 pages += count
                 pauses.append(pause_us)

@@ -14,6 +14,7 @@ shared mapping of shared memory belongs to the file, and holds whoever makes a p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 
@@ -94,17 +95,19 @@ def probe() -> bool:
 
 
 def drain_lists() -> None:
-    """Have the kernel empty its lists of pages that were touched just now (lru_cache_disable, Linux 5.14).
+    """Have the kernel empty its lists of pages that were touched just now, which hold them for a while.
 
-    Asking for a page to be moved does that; ours is where it is to be.  OSError where there are no nodes.
+    Asking for a page to be moved does that (lru_cache_disable, Linux 5.14); ours is where it is to be.  Each
+    processor has to do something for it: one that is kept from that keeps us waiting.
     """
     page = PageBuffer(1)
     page.data[0] = 1
     address, status, node = ctypes.c_uint64(page.address), ctypes.c_int(-1), ctypes.c_int(0)
-    _move_pages(0, 1, ctypes.addressof(address), None, ctypes.addressof(status), 0)
-    node.value = max(0, status.value)
-    where = ctypes.addressof(node)
-    _move_pages(0, 1, ctypes.addressof(address), where, ctypes.addressof(status), _MPOL_MF_MOVE)
+    with contextlib.suppress(OSError):  # a kernel without nodes
+        _move_pages(0, 1, ctypes.addressof(address), None, ctypes.addressof(status), 0)
+        node.value = max(0, status.value)
+        where = ctypes.addressof(node)
+        _move_pages(0, 1, ctypes.addressof(address), where, ctypes.addressof(status), _MPOL_MF_MOVE)
 
 
 def prefer(fd: int, offset: int, length: int, node: int | None) -> None:

@@ -24,7 +24,7 @@ import mmap
 import os
 import struct
 
-from gpuksm.errors import FeatureMissing
+from gpuksm.errors import FeatureMissing, GpuksmError
 from gpuksm.linux import numa, pagemap, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.bpf import GET_CURRENT_TASK, R0, R1, R2, R3, R4, R6, R7, R8, R9, R10, Area, Code, Program
@@ -40,6 +40,9 @@ _FRAME = (1 << _FRAME_BITS) - 1
 _ENTRIES = 8  # of the area: a count, then pagemap entries, then what was found
 _FOUND = _ENTRIES + PAGES_PER_CALL * pagemap.ENTRY_BYTES
 _TRIES = 5
+_ARRAY_ALIGNMENT = (
+    1 << 30
+)  # of vmemmap, randomized or not (arch/x86/mm/kaslr.c); arrays of sections have less
 _PROBE_PAGES = 64  # more than the kernel's own lists hold for one processor (PAGEVEC_SIZE 31)
 
 
@@ -60,7 +63,10 @@ class PageReferences:
                 raise FeatureMissing(f"references to pages cannot be looked at: {error}") from None
             self._data = memoryview(self._area.data)
             undo.callback(self._data.release)
-            self._check()
+            try:
+                self._check()
+            except (OSError, GpuksmError) as error:
+                raise FeatureMissing(f"references to pages cannot be looked at: {error}") from None
             undo.pop_all()
 
     def held(self, pagemap_fd: int, start: int, pages: int) -> bytearray:
@@ -87,37 +93,43 @@ class PageReferences:
     def _check(self) -> None:
         """Look at pages of our own, one of which a pipe holds."""
         if not any(self._tells_a_pipes_page() for _ in range(_TRIES)):
-            raise FeatureMissing(
-                "references to pages cannot be looked at: this kernel counts them in another way"
-            )
+            raise FeatureMissing("this kernel counts them in another way")
 
     def _tells_a_pipes_page(self) -> bool:
         memory = PageBuffer(_PROBE_PAGES)
         memory.data.madvise(mmap.MADV_NOHUGEPAGE)
         for page in range(_PROBE_PAGES):
             memory.data[page * PAGE_SIZE] = 1
-        drain()
-        fd = pagemap.open_pagemap(os.getpid())
-        reading, writing = os.pipe()
-        try:
+        numa.drain_lists()
+        with contextlib.ExitStack() as undo:
+            fd = pagemap.open_pagemap(os.getpid())
+            undo.callback(os.close, fd)
+            reading, writing = os.pipe()
+            undo.callback(os.close, reading)
+            undo.callback(os.close, writing)
             before = bytes(self.held(fd, memory.address, 3))
             vm.splice_page(writing, memory.address + PAGE_SIZE)
             during = bytes(self.held(fd, memory.address, 3))
             os.read(reading, PAGE_SIZE)
             after = bytes(self.held(fd, memory.address, 3))
-        finally:
-            for each in (fd, reading, writing):
-                os.close(each)
         return (before, during, after) == (bytes(3), bytes([FREE, HELD, FREE]), bytes(3))
 
 
-def drain() -> None:
-    """Have the kernel empty its lists of pages that were touched just now, which hold them for a while.
+class Copies:
+    """For who cannot look: each page of its own that a process has is believed to be held."""
 
-    Asking for a page to be moved does that (lru_cache_disable, Linux 5.14); ours stays where it is.
-    """
-    with contextlib.suppress(OSError):
-        numa.drain_lists()
+    def held(self, pagemap_fd: int, start: int, pages: int) -> bytearray:
+        """As `PageReferences.held`."""
+        entries = bytearray(pages * pagemap.ENTRY_BYTES)
+        pagemap.read_entries(pagemap_fd, start, entries)
+        anything = pagemap.ENTRY_PRESENT | pagemap.ENTRY_SWAPPED
+        return bytearray(
+            HELD if entry & anything and not entry & pagemap.ENTRY_FILE else FREE
+            for (entry,) in struct.iter_unpack("<Q", entries)
+        )
+
+
+ANY_COPY = Copies()
 
 
 def can_look() -> bool:
@@ -143,15 +155,17 @@ def _first_page(layout: Btf, area: Area) -> int:
         try:
             os.truncate(file, PAGE_SIZE)
             with mmap.mmap(file, PAGE_SIZE) as memory:
+                memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page is no only page
                 memory[0] = 1
                 found.add(_page_of_file(layout, file, area) - _frame(memory) * layout.size("page"))
         finally:
             os.close(file)
-    if len(found) != 1:
+    first = found.pop()
+    if found or first % _ARRAY_ALIGNMENT:
         raise FeatureMissing(
             "references to pages cannot be looked at: this kernel's pages are in no one array"
         )
-    return found.pop()
+    return first
 
 
 def _page_of_file(layout: Btf, file: int, area: Area) -> int:
@@ -254,10 +268,17 @@ def _code(layout: Btf, first_page: int, area: Area) -> Code:
     code.add(R8, -1)
     code.label("large")
     try:
-        for at, offset in ((-8, references), (-16, layout.offset("folio", "_large_mapcount"))):
-            code.read_kernel(at, 4, R8, offset)
+        # Splitting its page table entry maps it once more for a moment: pins are counted apart, and the
+        # references must not have changed meanwhile.
+        counts = (references, layout.offset("folio", "_large_mapcount"))
+        for number, offset in enumerate((*counts, layout.offset("folio", "_pincount"), references), 1):
+            code.read_kernel(-8 * number, 4, R8, offset)
             code.jump_if(R0, "!=", 0, "found")
+        code.load(R3, R10, -24, 4)
+        code.jump_if(R3, "!=", 0, "found")
         code.load(R3, R10, -8, 4)
+        code.load(R4, R10, -32, 4)
+        code.jump_if_register(R3, "!=", R4, "found")
         code.load(R4, R10, -16, 4)
     except FeatureMissing:
         code.jump("found")

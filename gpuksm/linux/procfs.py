@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.linux import statx
 from gpuksm.linux._libc import PAGE_SIZE
 
 _READ_BYTES = 1 << 20
@@ -293,10 +294,20 @@ def fdinfo(pid: int, fd: int) -> str:
     return text(read(pid, f"fdinfo/{fd}"))
 
 
-def fd_mode(pid: int, fd: int) -> os.stat_result:
-    """stat() of what descriptor `fd` of process `pid` is open on."""
+def fd_file(pid: int, fd: int) -> statx.Known:
+    """What is known of the file that descriptor `fd` of process `pid` is open on."""
     with errors_of(pid):
-        return os.stat(f"/proc/{pid}/fd/{fd}")
+        return statx.known(f"/proc/{pid}/fd/{fd}")
+
+
+def mounted(pid: int) -> dict[tuple[int, int], str]:
+    """Types of the file systems that process `pid` sees, by the numbers of their devices."""
+    found = {}
+    for line in read(pid, "mountinfo").decode(errors="surrogateescape").splitlines():
+        before, _, behind = line.partition(" - ")
+        major, _, minor = before.split()[2].partition(":")
+        found[int(major), int(minor)] = behind.split()[0]
+    return found
 
 
 def socket_protocol(pid: int, fd: int) -> str:

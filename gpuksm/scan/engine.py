@@ -5,6 +5,7 @@ Nothing here decides when; see `round.py` and `session.py`.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
 from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.protocol import Hasher
-from gpuksm.linux import procfs
+from gpuksm.linux import numa, procfs
 from gpuksm.scan import nodes
 from gpuksm.scan.columns import I64, U64
 from gpuksm.scan.commits import Commits
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Processes that the guard has compare for it at most, and one for how many threads of ours: it has more to do
 # than comparing, and that more of them would be quicker was not seen.
 _MOST_COMPARERS, _THREADS_FOR_ONE = 4, 4
+_DRAIN_SECONDS = 1.0  # between two times that pages are taken off the kernel's lists
 _LEAST_THREADS = 8  # with four processors the guard alone was as quick
 _MUCH_BYTES = 512 << 20  # of less the guard has compared all before others are there
 # For so long the guard waits for memory to settle, and answers nobody else meanwhile.
@@ -106,6 +108,7 @@ class Engine:
         self._work_bytes: int | None = None
         self._stable = no_stable_tree()
         self._generation: int | None = None
+        self._drained = 0.0
 
     @property
     def hasher(self) -> Hasher:
@@ -218,6 +221,9 @@ class Engine:
 
     def commit(self, plan: Plan, living: list[Target], commits: Commits) -> None:
         """Have `commits` send the requests of `plan`; its numbers are entered as the guard answers."""
+        if time.monotonic() > self._drained + _DRAIN_SECONDS:
+            numa.drain_lists()  # or pages seem held; not in the guard, which must not wait for all processors
+            self._drained = time.monotonic()
         ids = np.array([target.ident for target in living], np.int64)
         total = int(plan.runs.pages.sum() + plan.zeros.pages.sum())
         done = 0

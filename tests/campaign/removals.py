@@ -406,6 +406,33 @@ REMOVALS = (
         "tests/safety/test_pinned.py",
     ),
     Removal(
+        "what lies behind a held page that stays merged is watched",
+        "gpuksm/guard/restore.py",
+        (("        border = self._is_behind_held(low)\n", "        border = False\n"),),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "an inaccessible page behind a run is unwatched before it is unmapped",
+        "gpuksm/guard/restore.py",
+        (
+            (
+                "            target.add_unregister(table, page, PAGE_SIZE)  # or the agent",
+                "            # or the agent",
+            ),
+            (
+                "PAGE_SIZE, after_success=True)\n            target.link",
+                "PAGE_SIZE)\n            target.link",
+            ),
+        ),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
+        "who cannot look whether a copy is held leaves it where it is",
+        "gpuksm/guard/pins.py",
+        (("            target.references = ANY_COPY\n", "            pass\n"),),
+        "tests/safety/test_pinned.py",
+    ),
+    Removal(
         "a process that begins direct I/O after a plan has begun is left alone",
         "gpuksm/guard/plan.py",
         ((" and target.id not in self.looked_at:", " and False:"),),

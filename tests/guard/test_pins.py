@@ -17,6 +17,7 @@ from gpuksm.guard.pins import Pins, free_pages, free_parts
 from gpuksm.guard.request import Planned
 from gpuksm.guard.store import Store
 from gpuksm.guard.verify import Piece
+from gpuksm.linux.page_references import ANY_COPY
 from tests.support.comparing import Host, target
 
 
@@ -71,30 +72,36 @@ def test_whether_pages_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     monkeypatch.setattr(pins, "PageReferences", lambda: made.append("references") or made[-1])
     target, tested = _target(None), Pins()
-    answers += [
-        lambda can_look: None,
-        NotPermitted("no"),
-        TargetGone("gone"),
-        lambda can_look: Unsupported("x"),
-    ]
-    assert [tested.review(target) for _ in range(4)] == [None, "direct-io", None, "direct-io"]
+    answers += [lambda can_look: None, TargetGone("gone")]
+    assert [tested.review(target) for _ in range(2)] == [None, None]
     assert (target.references, made) == (None, [])
     answers += [lambda can_look: None if can_look() else Unsupported("x"), lambda can_look: None]
     assert [tested.review(target) for _ in range(2)] == [None, None]
     assert (target.references, made) == ("references", ["references"])
+    # What may not be merged is looked at when it is given back.
+    for answer in (NotPermitted("no"), OSError("stale"), lambda can_look: Unsupported("x")):
+        target.references = None
+        answers.append(answer)
+        assert tested.review(target) == "direct-io"
+        assert target.references == "references"
 
 
 def test_where_they_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy of a merged page may be held then, for as long as there is a reason."""
     tries = []
 
     def missing() -> None:
         tries.append(1)
         raise FeatureMissing("no")
 
+    reasons: list[Any] = [Unsupported("x"), Unsupported("x"), None]
     monkeypatch.setattr(pins, "PageReferences", missing)
-    tested = Pins()
+    monkeypatch.setattr(writers, "pinning_reason", lambda *_: reasons.pop(0))
+    target, tested = _target(None), Pins()
     assert [tested.can_look() for _ in range(3)] == [False] * 3
     assert len(tries) == 1
+    for told, references in (("direct-io", ANY_COPY), ("direct-io", ANY_COPY), (None, None)):
+        assert (tested.review(target), target.references) == (told, references)
 
 
 @pytest.mark.parametrize("op", [wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO])

@@ -27,7 +27,7 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
     stood: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     served, dropped = list[float](), list[int]()
 
-    def piece(target: Any, _journal: Any, start: int, end: int) -> None:
+    def piece(target: Any, _journal: Any, start: int, end: int, **_: Any) -> None:
         time.sleep(0.004)
         target.runs.remove(start, end)
 
@@ -53,7 +53,7 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
         frozen=frozen,
         breathe=lambda: served.append(time.monotonic()),
         drop=lambda target: dropped.append(target.id),
-        pins=SimpleNamespace(look=lambda _target: None),
+        pins=SimpleNamespace(review=lambda _target: None),
     )
     pages, pauses, failed = unmerging._unmerge_each(guard, targets, 1000)
     assert (pages, failed, sorted(dropped)) == (600, {}, [1, 2])
@@ -75,7 +75,7 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
 def test_what_becomes_of_one_is_nothing_to_the_others(
     monkeypatch: pytest.MonkeyPatch, error: Exception, failed: dict[str, str], left: list[int]
 ) -> None:
-    def piece(target: Any, _journal: Any, start: int, end: int) -> None:
+    def piece(target: Any, _journal: Any, start: int, end: int, **_: Any) -> None:
         if target.id == 1:
             raise error
         target.runs.remove(start, end)
@@ -96,7 +96,7 @@ def test_what_becomes_of_one_is_nothing_to_the_others(
         frozen=lambda _: contextlib.nullcontext(SimpleNamespace(thawed_ns=time.monotonic_ns())),
         breathe=lambda: None,
         drop=lambda target: dropped.append(target.id),
-        pins=SimpleNamespace(look=lambda _target: None),
+        pins=SimpleNamespace(review=lambda _target: None),
     )
     assert unmerging._unmerge_each(guard, targets, 5000)[::2] == (40, failed)
     assert sorted({1, 2} - set(dropped)) == left
@@ -112,7 +112,9 @@ def test_a_pause_is_over_when_the_target_goes_on(monkeypatch: pytest.MonkeyPatch
         freeze.thawed_ns = time.monotonic_ns()
         time.sleep(0.05)
 
-    monkeypatch.setattr(restore, "restore_piece", lambda target, _, low, high: target.runs.remove(low, high))
+    monkeypatch.setattr(
+        restore, "restore_piece", lambda target, _, low, high, **__: target.runs.remove(low, high)
+    )
     target: Any = SimpleNamespace(id=1, pid=1, runs=Runs(), placeholders=set())
     target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
     journal: Any = None

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from gpuksm.errors import FeatureMissing
-from gpuksm.linux import page_references, pagemap, uffd, vm
+from gpuksm.linux import numa, page_references, pagemap, uffd, vm
 from gpuksm.linux._libc import syscall_function
 from gpuksm.linux.btf import Btf
 from gpuksm.linux.memory import PageBuffer
-from gpuksm.linux.page_references import FREE, HELD, PageReferences, drain
+from gpuksm.linux.page_references import ANY_COPY, FREE, HELD, Copies, PageReferences
 from tests import requirements_env
 
 PAGES = 1100  # more than fit in two calls
@@ -32,13 +32,15 @@ _REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 0, 1
 class Memory(PageBuffer):
     """Memory of this process, and what of it is held."""
 
-    def __init__(self, references: PageReferences, pages: int = PAGES, advice: int = mmap.MADV_NOHUGEPAGE):
+    def __init__(
+        self, references: PageReferences | Copies, pages: int = PAGES, advice: int = mmap.MADV_NOHUGEPAGE
+    ):
         super().__init__(pages)
         self.references = references
         self.data.madvise(advice)
         for page in range(pages):
             self.data[page * 4096] = 1
-        drain()
+        numa.drain_lists()
 
     def held(self, start: int = 0) -> list[int]:
         """Which pages somebody holds, counted from `start`."""
@@ -98,7 +100,7 @@ def test_io_uring_holds_what_is_registered(references: PageReferences, ring: int
 
 
 def test_who_takes_hold_of_an_armed_page_has_written_it(references: PageReferences, ring: int) -> None:
-    """What everything relies on: include/linux/mm.h, can_follow_write_pte."""
+    """What everything relies on: mm/gup.c, can_follow_write_pte."""
     requirements_env.need("uffd")
     memory = Memory(references)
     tracking = _userfaultfd(uffd.CLOEXEC_NONBLOCK | uffd.USER_MODE_ONLY)
@@ -208,3 +210,18 @@ def test_a_kernel_that_is_other_than_it_says_is_not_believed(
         return
     with pytest.raises(FeatureMissing, match="counts them in another way"):
         PageReferences()
+
+
+def test_who_cannot_look_believes_each_copy_to_be_held() -> None:
+    memory = Memory(ANY_COPY, 8)
+    assert memory.held() == list(range(8))
+    memory.data.madvise(mmap.MADV_DONTNEED, 2 * 4096, 4096)
+    assert memory.held() == [0, 1, 3, 4, 5, 6, 7]
+    file = os.memfd_create("gpuksm-test")
+    os.truncate(file, 8 * 4096)
+    memory.data = mmap.mmap(file, 8 * 4096, flags=mmap.MAP_PRIVATE)
+    memory.address = vm.address_of(memory.data)
+    assert sum(memory.data[page * 4096] for page in range(8)) == 0
+    memory.data[4096] = 1
+    assert memory.held() == [1]
+    os.close(file)

@@ -195,7 +195,13 @@ def test_descriptors(tmp_path):
     with open(tmp_path / "f", "wb") as file:
         assert procfs.fd_targets(os.getpid())[file.fileno()] == str(tmp_path / "f")
         assert "flags:" in procfs.fdinfo(os.getpid(), file.fileno())
-        assert procfs.fd_mode(os.getpid(), file.fileno()).st_ino == os.fstat(file.fileno()).st_ino
+        assert procfs.fd_file(os.getpid(), file.fileno()).inode == os.fstat(file.fileno()).st_ino
+
+
+def test_file_systems_by_their_devices():
+    found = procfs.mounted(os.getpid())
+    number = os.stat("/proc").st_dev
+    assert found[os.major(number), os.minor(number)] == "proc"
 
 
 @pytest.mark.parametrize(

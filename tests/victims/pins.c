@@ -4,10 +4,11 @@
  *   pins [reversed] [DEVICE]
  *
  * `ring` registers the middle of `buffer`, `chained` and `zeros` with io_uring, `fixed` has a page of each read
- * from a pipe by that, `unregister` gives them up.  `submit` begins to read into the middle of `incoming` by
+ * from a pipe by that, `unregister` gives them up, `close` the ring.  `submit` begins to read into the middle of `incoming` by
  * direct and asynchronous I/O (io_submit) from DEVICE, which `collect` waits for.  `context` makes room for
  * asynchronous I/O, `direct` opens DEVICE, `poll` starts a thread of the kernel that polls a ring, and `polled` has
  * that read into `plain`.  `chained` is in another order if that is asked for; `late` is filled by `fill`.
+ * `grow` unmaps what lies behind the middle of `incoming`, and has that grow in place.
  */
 #include "actions.h"
 #include <linux/aio_abi.h>
@@ -107,6 +108,12 @@ static void unregister(void)
 	say("OK");
 }
 
+static void close_ring(void)
+{
+	must(!close(registered.fd));
+	say("OK");
+}
+
 static void poll_ring(void)
 {
 	polled = ring_new(IORING_SETUP_SQPOLL);
@@ -164,7 +171,7 @@ static void collect(void)
 		done += got > 0 ? got : 0;
 	}
 	for (size_t p = 0; p < COUNT; p++)
-		incoming.keys[FIRST + p] = 7000 + p;
+		incoming.keys[p + (incoming.pages == COUNT ? 0 : FIRST)] = 7000 + p;
 	check_all_areas();
 	say("OK");
 }
@@ -174,6 +181,24 @@ static void fill(void)
 	for (size_t p = 0; p < PAGES; p++)
 		area_set(&late, p, 65000 + p);
 	say("OK");
+}
+
+/* What comes with growth are zeros, if it can grow where it is. */
+static void grow(void)
+{
+	char *middle = incoming.at + FIRST * PAGE;
+	size_t bytes = COUNT * PAGE;
+	must(!munmap(middle + bytes, (PAGES - FIRST - COUNT) * PAGE));
+	incoming.pages = FIRST + COUNT;
+	must(!munmap(incoming.at, FIRST * PAGE));
+	incoming.at = middle;
+	incoming.keys += FIRST;
+	incoming.pages = COUNT;
+	int grown = mremap(middle, bytes, bytes + 4 * PAGE, 0) == middle;
+	must(grown || errno == ENOMEM);
+	for (size_t p = 0; grown && p < 4; p++)
+		check_page(middle + bytes + p * PAGE, 0, "grown");
+	say("OK grown=%d", grown);
 }
 
 /* What `submit` reads. */
@@ -212,9 +237,9 @@ int main(int argc, char **argv)
 	}
 	say_ready();
 	const struct action actions[] = {
-		{"ring", register_buffers}, {"fixed", fixed},	   {"unregister", unregister}, {"poll", poll_ring},
+		{"ring", register_buffers}, {"fixed", fixed},	   {"unregister", unregister}, {"close", close_ring}, {"poll", poll_ring},
 		{"polled", read_polled},    {"context", make_context}, {"direct", open_direct}, {"submit", submit},
-		{"collect", collect},	    {"fill", fill},	   {0},
+		{"grow", grow},		    {"collect", collect},	    {"fill", fill},	   {0},
 	};
 	return serve(actions);
 }
