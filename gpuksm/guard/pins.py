@@ -18,15 +18,18 @@ If we die: nothing was changed here.
 from __future__ import annotations
 
 import contextlib
+import time
 from array import array
 from collections.abc import Callable
 
 from gpuksm import writers
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone
-from gpuksm.guard.target import Target
+from gpuksm.guard.target import Review, Target
 from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.page_references import ANY_COPY, FREE, HELD, PageReferences
+
+_REVIEW_SECONDS = 0.2
 
 
 class Pins:
@@ -50,12 +53,20 @@ class Pins:
             if writers.pinning_reason(pid, writers.NOTHING, self.can_look) is not None:
                 self.can_look()
 
-    def review(self, target: Target) -> str | None:
+    def review(self, target: Target, *, anew: bool = False) -> str | None:
         """See whether pages of `target` may be held; why nothing of it may be replaced, or None.
 
-        Once that was so its pages are looked at for good: what holds them may have been closed since.  Where
-        nobody can look, each copy that it has of a merged page is believed to be held, while it may be.
+        What was found holds for a while, unless the target was armed since or it is to be found `anew`: the
+        commit sees who takes hold of an armed page later.  Once pages may have been held they are looked at
+        for good: what holds them may have been closed since.  Where nobody can look, each copy that it has of
+        a merged page is believed to be held, while it may be.
         """
+        review = target.reviewed
+        if review is None or anew or time.monotonic() > review.at + _REVIEW_SECONDS:
+            review = target.reviewed = Review(time.monotonic(), self._refusal(target))
+        return review.refusal
+
+    def _refusal(self, target: Target) -> str | None:
         asked = False
 
         def can_look() -> bool:

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
@@ -28,6 +29,13 @@ MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
 MADV_DONTNEED, MADV_DONTFORK = 4, 10
 
 
+class Review(NamedTuple):
+    """When (monotonic) it was looked at who may write to a target's memory; why it is left alone, or None."""
+
+    at: float
+    refusal: str | None
+
+
 @dataclass
 class Target:
     """A process with an agent in it.
@@ -42,7 +50,7 @@ class Target:
     `calm_from`: when (of the monotonic clock) what was armed last and is unwritten counts as calm.
     `unwiped`: merged ranges that are being discarded and could not be replaced by zeros.
     `advice`: of the memory that is tracked or merged, see advice.py.  `references` tells which of its
-    pages somebody else holds, where somebody may (pins.py).
+    pages somebody else holds, where somebody may (pins.py); `reviewed` is None once it was armed anew.
     """
 
     id: int
@@ -71,6 +79,7 @@ class Target:
     calm_from: float = 0.0
     advice: Advice = field(default_factory=Advice)
     references: PageReferences | Copies | None = None
+    reviewed: Review | None = None
 
     @classmethod
     def open(cls, number: int, pid: int, link: Attachment) -> Target:

@@ -41,6 +41,7 @@ def arm(target: Target, breathe: Callable[[], None], ranges: list[Range] | None 
     """
     written: list[Range] = []
     changed = False
+    target.reviewed = None  # whoever holds a page now may have written to it unseen
     target.tainted = [] if ranges is None else [piece for piece in target.tainted if not _held(piece, ranges)]
     parts = [(start, end, 0) for start, end in _within(target.regions, ranges)]
     parts += [(start, end, pagemap.PAGE_IS_FILE) for start, end in _within(target.spans, ranges)]

@@ -71,7 +71,7 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
             failed[str(target.pid)] = MUZZLED
             return
         try:
-            guard.pins.review(target)
+            guard.pins.review(target, anew=True)
             for count, pause_us in restore.restore_all(target, guard.journal, guard.frozen, max_pause_us):
                 pages += count
                 pauses.append(pause_us)

@@ -154,7 +154,7 @@ REMOVALS = (
     Removal(
         "memory marked for devices is left alone where they are let in",
         "gpuksm/eligibility.py",
-        ((" or (allowed.kvm and _is_virtual_machine(pid))\n", " or True\n"),),
+        ((" or (allowed.kvm and is_virtual_machine(pid))\n", " or True\n"),),
         "tests/safety/test_advice.py",
     ),
     Removal(
@@ -386,7 +386,7 @@ REMOVALS = (
                 "                mine = [whole]\n",
             ),
         ),
-        "tests/safety/test_pinned.py tests/guard/test_pins.py",
+        "tests/safety/test_pinned.py",
     ),
     Removal(
         "what is given back is looked at for who holds it",
@@ -441,7 +441,7 @@ REMOVALS = (
     Removal(
         "pages that a device has are looked at for the kernel's count of references",
         "gpuksm/linux/page_references.py",
-        (('    code.jump_if_register(R3, "!=", R4, "found")\n', ""),),
+        (('    code.jump_if_register(R3, "!=", R4, "found")\n    code.set', "    code.set"),),
         "tests/linux/test_page_references.py",
     ),
 )

@@ -11,11 +11,12 @@ import pytest
 
 from gpuksm import wire, writers
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone, Unsupported
-from gpuksm.guard import pins, plan, verify
+from gpuksm.guard import pins, plan, tracking, verify
 from gpuksm.guard.commit import Outcome
 from gpuksm.guard.pins import Pins, free_pages, free_parts
 from gpuksm.guard.request import Planned
 from gpuksm.guard.store import Store
+from gpuksm.guard.target import Review
 from gpuksm.guard.verify import Piece
 from gpuksm.linux.page_references import ANY_COPY
 from tests.support.comparing import Host, target
@@ -28,7 +29,7 @@ def _target(held: list[int] | None, pages: int = 8) -> Any:
         assert (start, count) == (0x1000, pages)
         return None if held is None else bytearray(page in held for page in range(pages))
 
-    return SimpleNamespace(held=looked, pid=1, allowed=writers.NOTHING, references=None)
+    return SimpleNamespace(held=looked, pid=1, allowed=writers.NOTHING, references=None, reviewed=None)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +74,39 @@ def test_whether_pages_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pins, "PageReferences", lambda: made.append("references") or made[-1])
     target, tested = _target(None), Pins()
     answers += [lambda can_look: None, TargetGone("gone")]
-    assert [tested.review(target) for _ in range(2)] == [None, None]
+    assert [tested.review(target, anew=True) for _ in range(2)] == [None, None]
     assert (target.references, made) == (None, [])
     answers += [lambda can_look: None if can_look() else Unsupported("x"), lambda can_look: None]
-    assert [tested.review(target) for _ in range(2)] == [None, None]
+    assert [tested.review(target, anew=True) for _ in range(2)] == [None, None]
     assert (target.references, made) == ("references", ["references"])
     # What may not be merged is looked at when it is given back.
     for answer in (NotPermitted("no"), OSError("stale"), lambda can_look: Unsupported("x")):
         target.references = None
         answers.append(answer)
-        assert tested.review(target) == "direct-io"
+        assert tested.review(target, anew=True) == "direct-io"
         assert target.references == "references"
+
+
+def test_what_was_found_holds_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once the target was armed anew: what it had held until then is not written to unseen any more."""
+    looks: list[int] = []
+    monkeypatch.setattr(writers, "pinning_reason", lambda pid, *_: looks.append(pid))
+    target, tested = _target(None), Pins()
+    for _ in range(3):
+        assert tested.review(target) is None
+    assert len(looks) == 1
+    target.reviewed = None
+    tested.review(target)
+    assert len(looks) == 2
+    monkeypatch.setattr(pins, "_REVIEW_SECONDS", -1)
+    tested.review(target)
+    assert len(looks) == 3
+
+
+def test_arming_forgets_what_was_found() -> None:
+    target: Any = SimpleNamespace(reviewed=Review(0.0, None), tainted=[], regions=[], spans=[])
+    tracking.arm(target, lambda: None)
+    assert target.reviewed is None
 
 
 def test_where_they_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +124,7 @@ def test_where_they_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
     assert [tested.can_look() for _ in range(3)] == [False] * 3
     assert len(tries) == 1
     for told, references in (("direct-io", ANY_COPY), ("direct-io", ANY_COPY), (None, None)):
-        assert (tested.review(target), target.references) == (told, references)
+        assert (tested.review(target, anew=True), target.references) == (told, references)
 
 
 @pytest.mark.parametrize("op", [wire.OP_FILL, wire.OP_MAP, wire.OP_ZERO])

@@ -53,7 +53,7 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
         frozen=frozen,
         breathe=lambda: served.append(time.monotonic()),
         drop=lambda target: dropped.append(target.id),
-        pins=SimpleNamespace(review=lambda _target: None),
+        pins=SimpleNamespace(review=lambda _target, anew: None),
     )
     pages, pauses, failed = unmerging._unmerge_each(guard, targets, 1000)
     assert (pages, failed, sorted(dropped)) == (600, {}, [1, 2])
@@ -96,7 +96,7 @@ def test_what_becomes_of_one_is_nothing_to_the_others(
         frozen=lambda _: contextlib.nullcontext(SimpleNamespace(thawed_ns=time.monotonic_ns())),
         breathe=lambda: None,
         drop=lambda target: dropped.append(target.id),
-        pins=SimpleNamespace(review=lambda _target: None),
+        pins=SimpleNamespace(review=lambda _target, anew: None),
     )
     assert unmerging._unmerge_each(guard, targets, 5000)[::2] == (40, failed)
     assert sorted({1, 2} - set(dropped)) == left
