@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 _GONE = (TargetGone, NoSuchProcess, NotPermitted)
 # Every so many rounds all pages are looked up: some were swapped out, or shared with a child, before.
 _LOOK_ROUNDS = 32
-# What could not be stopped, or was held by a device, is planned again in the next rounds, as often as this.
-_RETRIES = 8
+# What could not be stopped is planned again in the next rounds, as often as this; what a device held less
+# often, for it may do so for good.
+_RETRIES = {"busy": 8, "stopped": 8, "pinned": 2, "direct-io": 2}
 _RETRY_SECONDS, _MAX_RETRY_SECONDS = 2.0, 600.0
 
 
@@ -239,10 +240,10 @@ class Session:
         for tracker, mask in zip(trackers, masks, strict=True):
             seen.append(tracker.columns.digest[mask] ^ user_key(tracker))
         self._note_contents(np.concatenate(seen))
-        held_up = any(
-            self.engine.skipped.get(reason) for reason in ("busy", "stopped", "pinned", "direct-io")
+        tries = max(
+            (_RETRIES.get(reason, 0) for reason, pages in self.engine.skipped.items() if pages), default=0
         )
-        self._retries = (self._retries or _RETRIES + 1) - 1 if held_up else 0
+        self._retries = (self._retries or tries + 1) - 1 if tries else 0
         for target in living:
             follower = self.followers[target.pid]
             if target.runs == before[target.ident]:
