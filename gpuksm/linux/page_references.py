@@ -60,7 +60,7 @@ class PageReferences:
                 self._program = Program(code)
                 undo.callback(self._program.close)
             except OSError as error:
-                raise FeatureMissing(f"references to pages cannot be looked at: {error}") from None
+                raise FeatureMissing(f"references to pages cannot be looked at: {error.strerror}") from None
             self._data = memoryview(self._area.data)
             undo.callback(self._data.release)
             try:
