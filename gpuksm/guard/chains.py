@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpuksm import wire
+from gpuksm.guard.runs import marked
 from gpuksm.guard.store import Store
 from gpuksm.guard.verify import CHUNK_PAGES, SLOTS, THEIRS, bytes_read
 from gpuksm.linux import vm
@@ -74,13 +75,8 @@ class Chain(NamedTuple):
 
     def parts(self, chosen: bytearray) -> Iterator[Chain]:
         """The stretches of pages that are 1 in `chosen`."""
-        at = chosen.find(1)
-        while at >= 0:
-            end = chosen.find(0, at)
-            if end < 0:
-                end = len(chosen)
+        for at, end in marked(chosen, 1):
             yield Chain(self.record, self.addr + at * PAGE_SIZE, self.slots[at:end])
-            at = chosen.find(1, end)
 
 
 def outside(slots: array[int], new: list[tuple[int, int]]) -> bool:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 from gpuksm import writers
 from gpuksm.errors import FeatureMissing, NotPermitted, TargetGone
+from gpuksm.guard.runs import marked
 from gpuksm.guard.target import Review, Target
 from gpuksm.guard.verify import Piece
 from gpuksm.linux._libc import PAGE_SIZE
@@ -89,20 +90,26 @@ class Pins:
         return "direct-io" if refused else None
 
 
+def _why(target: Target) -> str:
+    """Why pages that are found held are left out: who cannot look leaves such a process alone."""
+    return "direct-io" if target.references is ANY_COPY else "pinned"
+
+
 def free_parts(target: Target, piece: Piece, skip: Callable[[str, int], None]) -> list[Piece]:
     """The parts of `piece` that nobody holds; `skip` is told how many pages of it are held."""
     found = target.held(piece.addr, piece.pages)
     if found is None:
         return [piece]
-    skip("pinned", found.count(HELD))
-    parts, at = [], found.find(FREE)
-    while at >= 0:
-        end = found.find(HELD, at)
-        end = len(found) if end < 0 else end
-        slot = None if piece.slot is None else piece.slot + at
-        parts.append(Piece(piece.record, piece.addr + at * PAGE_SIZE, end - at, slot))
-        at = found.find(FREE, end)
-    return parts
+    skip(_why(target), found.count(HELD))
+    return [
+        Piece(
+            piece.record,
+            piece.addr + at * PAGE_SIZE,
+            end - at,
+            None if piece.slot is None else piece.slot + at,
+        )
+        for at, end in marked(found, FREE)
+    ]
 
 
 def free_pages(
@@ -118,5 +125,5 @@ def free_pages(
     if found is None or HELD not in found:
         return numbers, slots
     free = [at for at, number in enumerate(numbers) if found[number] == FREE]
-    skip("pinned", len(numbers) - len(free))
+    skip(_why(target), len(numbers) - len(free))
     return array("I", [numbers[at] for at in free]), array("Q", [slots[at] for at in free])

@@ -30,7 +30,7 @@ from gpuksm.guard.agent import AgentStuck, Table
 from gpuksm.guard.freeze import Freeze
 from gpuksm.guard.journal import BORDER, COPY, Journal
 from gpuksm.guard.pace import Pace
-from gpuksm.guard.runs import Run
+from gpuksm.guard.runs import Run, marked
 from gpuksm.guard.store import Store
 from gpuksm.guard.target import (
     MAP_ANONYMOUS,
@@ -46,7 +46,7 @@ from gpuksm.guard.target import (
 from gpuksm.linux import mappings, vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import PageBuffer
-from gpuksm.linux.page_references import FREE, HELD
+from gpuksm.linux.page_references import HELD
 
 _CHUNK_PAGES = 512
 _LEAST_PAGES = 16  # fewer are left to the next pause, and so many are not what makes one long
@@ -143,11 +143,9 @@ def _check_not_held(target: Target, start: int, size: int) -> None:
         return
     os.preadv(target.memory, [_BUFFER.view[:size]], start)  # what is swapped out comes back
     found = target.held(start, size // PAGE_SIZE)
-    first = -1 if found is None else found.find(HELD)
-    if found is not None and first >= 0:
-        behind = found.find(FREE, first)
-        end = start + behind * PAGE_SIZE if behind >= 0 else start + size
-        raise Held(target, start + first * PAGE_SIZE, end)
+    held = None if found is None else next(marked(found, HELD), None)
+    if held is not None:
+        raise Held(target, start + held[0] * PAGE_SIZE, start + held[1] * PAGE_SIZE)
 
 
 def _map_copy(target: Target, journal: Journal, goal: int, size: int) -> int:

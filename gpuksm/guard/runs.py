@@ -31,6 +31,16 @@ class Run(NamedTuple):
         return Run(low, high, self.slot + (low - self.start) // PAGE_SIZE)
 
 
+def marked(marks: bytearray, mark: int) -> Iterator[tuple[int, int]]:
+    """Where `mark` (0 or 1) stands in `marks`, a byte a page: (first, behind the last) of each stretch."""
+    at = marks.find(mark)
+    while at >= 0:
+        end = marks.find(1 - mark, at)
+        end = len(marks) if end < 0 else end
+        yield at, end
+        at = marks.find(mark, end)
+
+
 class Runs:
     """A set of runs; adjacent runs with consecutive slots become one.
 
