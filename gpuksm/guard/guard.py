@@ -25,6 +25,7 @@ from gpuksm.guard import (
     journal,
     plan,
     reclaim,
+    seams,
     tracking,
     unmerging,
 )
@@ -128,7 +129,7 @@ class Guard:
                 pass  # applies pending events, so that tracking starts from a true ledger
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
-        return target, *tracking.begin(target, self.journal, ranges)
+        return target, *tracking.begin(target, self.journal, ranges, self.vma_budget(target))
 
     def _check_domain(self, pid: int) -> None:
         """Refuse a process whose user may not read what the store holds: its agent would let it."""
@@ -212,6 +213,7 @@ class Guard:
             return
         self.tether.release(target)
         target.restore_core_dumps()
+        seams.take_apart(target)
         target.close()
         self.keep(f"track:{target.id}", None)
         self.keep(f"event:{target.id}", None)

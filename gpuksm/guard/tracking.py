@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gpuksm import eligibility
-from gpuksm.guard import advice
+from gpuksm.errors import TargetGone
+from gpuksm.guard import advice, seams
 from gpuksm.guard.journal import Journal
 from gpuksm.guard.target import Target
 from gpuksm.linux import mappings, pagemap
@@ -47,12 +48,15 @@ def arm(target: Target, breathe: Callable[[], None], ranges: list[Range] | None 
     parts += [(start, end, pagemap.PAGE_IS_FILE) for start, end in _within(target.spans, ranges)]
     for start, end, without in parts:
         try:
-            written += _arm(target, start, end, without)
+            for found in _arming(target, start, end, without):
+                written += found
+                breathe()
+                if target.closed:  # events of a process that goes
+                    raise TargetGone(f"process {target.pid} has exited")
         except PermissionError:
             # Part of the region is not tracked any more (unmapped, moved over): arm the rest piecewise.
             written += _arm_piecewise(target, start, end, without)
             changed = True
-        breathe()
     return Armed(sorted(written), changed)
 
 
@@ -76,18 +80,20 @@ def _held(piece: Range, ranges: list[Range]) -> bool:
     return any(low <= piece[0] and piece[1] <= high for low, high in ranges)
 
 
-def _arm(target: Target, start: int, end: int, without: int) -> list[Range]:
-    found = pagemap.scan(
+def _arming(target: Target, start: int, end: int, without: int) -> Iterator[list[Range]]:
+    """Arm [start, end) by and by; what each step found to be written, which the next would not find."""
+    for found in pagemap.calls(
         target.pagemap,
         start,
         end,
+        pagemap.Stride(),
         inverted=without,
         mask=_WRITTEN | without,
         anyof=_POPULATED,
         ret=pagemap.PAGE_IS_WRITTEN,
         flags=_ARM,
-    )
-    return [(low, high) for low, high, _ in found]
+    ):
+        yield [(low, high) for low, high, _ in found]
 
 
 def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[Range]:
@@ -99,23 +105,33 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
             break
         low, high = max(at, vma.start), min(end, vma.end)
         with contextlib.suppress(PermissionError):
-            found += _arm(target, low, high, without)
+            for more in _arming(target, low, high, without):
+                found += more
         at = high
     return found
 
 
 def begin(
-    target: Target, journal: Journal, ranges: list[Range] | None
+    target: Target, journal: Journal, ranges: list[Range] | None, room: int
 ) -> tuple[list[eligibility.Region], dict[str, int]]:
-    """Track what of `target` may be merged, within `ranges` if given; that, and pages left out by reason."""
-    entries = mappings.smaps(target.pid)
-    regions, skipped = eligibility.regions(
-        target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
-    )
-    regions = [region for region in regions if not target.is_own(region.start, region.end)]
-    tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
+    """Track what of `target` may be merged, within `ranges` if given; that, and pages left out by reason.
+
+    `room`: mappings that may be added for as long as this takes.
+    """
+    # What is tracked already would have to be let go of, and be armed anew, to be cut.
+    parts = [] if target.regions else seams.cut(target, room)
+    try:
+        entries = seams.joined(mappings.smaps(target.pid), parts)
+        regions, skipped = eligibility.regions(
+            target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
+        )
+        regions = [region for region in regions if not target.is_own(region.start, region.end)]
+        limits = eligibility.united(ranges)
+        tracked = target.track([(region.start, region.end) for region in regions], limits)
+    finally:
+        seams.let_go(target, parts)
     told = list(advice.told_by(entries))
-    if any(bits & advice.DONTFORK for _, _, bits in told):
+    if any(bits & advice.DONTFORK and not target.is_own(start, end) for start, end, bits in told):
         # Now that it is tracked: what has come to lie there since the first look is not, and stays unmerged.
         told = list(advice.told_by(mappings.smaps(target.pid)))
     target.learn_advice(journal, told)

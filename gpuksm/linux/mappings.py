@@ -30,6 +30,7 @@ def _maps_line(perms: str, inode: str) -> re.Pattern[bytes]:
 
 _MAPS_LINE = _maps_line(_ANY_PERMS, _ANY_INODE)
 _MAPS_RANGE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
+_SMAPS_BYTES = 512  # no VMA's lines are fewer
 _HUGETLB = (b"\nPrivate_Hugetlb:", b"\nShared_Hugetlb:")
 # struct procmap_query, include/uapi/linux/fs.h, since Linux 6.11 (ed5d583a88a9).
 _QUERY = struct.Struct("=9Q4I2Q")
@@ -180,8 +181,12 @@ def _smaps_number(block: bytes, name: bytes) -> int:
 
 
 def smaps(pid: int) -> list[SmapsVma]:
-    """Every VMA of process `pid` with what smaps adds; the kernel walks all its page tables for this."""
-    return parse_smaps(read(pid, "smaps"))
+    """Every VMA of process `pid` with what smaps adds.
+
+    The kernel walks all its page tables for this, and holds the lock of the address space for as long as one
+    VMA takes, 9 ms a GiB (docs/hazards.md, 59).
+    """
+    return parse_smaps(b"".join(pieces(pid, "smaps", one_by_one=_SMAPS_BYTES)))
 
 
 def locked_kib(pid: int) -> int:

@@ -8,6 +8,9 @@ reported, as (start, end, bits) for stretches with equal bits.
 
 Select positively: "not WRITTEN" also holds for memory that was unmapped and
 mapped anew.  WPALLOWED & PRESENT & not WRITTEN is what means "unchanged".
+
+While a call walks, the kernel holds the lock of that address space, and who maps or unmaps there
+waits (docs/hazards.md, 59): so `calls` walks a long range in strides.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import ctypes
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 from gpuksm.linux._libc import PAGE_SIZE, supported
 from gpuksm.linux.procfs import errors_of
@@ -46,6 +50,10 @@ _PAGEMAP_SCAN = 0xC0606610
 _START_OFFSET, _WALK_END_OFFSET, _VECTOR_OFFSET = 16, 32, 40
 _SPAN = struct.Struct("=2Q")
 _REGIONS_PER_CALL = 4096
+# How far a call walks: half a millisecond where each page is there; farther where walking shows to be quick
+# (huge pages, or nothing there), for there are reservations of many TiB.
+_LEAST_STRIDE, _LONGEST_STRIDE = 32 << 20, 4 << 30
+_QUICK_SECONDS, _SLOW_SECONDS = 2e-4, 1e-3
 
 
 def open_pagemap(pid: int) -> int:
@@ -125,31 +133,54 @@ def scan_spans(
     return count
 
 
-def scan(
+class Stride:
+    """How far, in bytes, the next call over a long range is to walk."""
+
+    def __init__(self) -> None:
+        self.bytes = _LEAST_STRIDE
+        self._began = 0.0
+
+    def begin(self, at: int, end: int) -> int:
+        """Where the call that begins now, at `at`, is to end."""
+        self._began = time.monotonic()
+        return min(end, at + self.bytes)
+
+    def done(self) -> None:
+        """The call has ended."""
+        took = time.monotonic() - self._began
+        if took < _QUICK_SECONDS:
+            self.bytes = min(2 * self.bytes, _LONGEST_STRIDE)
+        elif took > _SLOW_SECONDS:
+            self.bytes = _LEAST_STRIDE
+
+
+def calls(
     fd: int,
     start: int,
     end: int,
+    stride: Stride | None = None,
+    /,
     *,
     inverted: int = 0,
     mask: int = 0,
     anyof: int = 0,
     ret: int = 0,
     flags: int = 0,
-) -> list[tuple[int, int, int]]:
-    """All (start, end, categories) of [start, end), page-aligned; errors as `scan_into`.
+) -> Iterator[list[tuple[int, int, int]]]:
+    """(start, end, categories) in [start, end), page-aligned, as each call finds them; errors as `scan_into`.
 
-    Stretches of one call never overlap; neighbours with equal categories may be
-    reported in two pieces where one call ended.
+    They never overlap; neighbours with equal categories may be reported in two pieces where one call ended.
+    Without a `stride` a call ends where its buffer is full.
     """
     buffer = bytearray(REGION.size * _REGIONS_PER_CALL)
     pinned = (ctypes.c_char * len(buffer)).from_buffer(buffer)
     address = ctypes.addressof(pinned)
-    found: list[tuple[int, int, int]] = []
     while start < end:
+        until = end if stride is None else stride.begin(start, end)
         count, walk_end = scan_into(
             fd,
             start,
-            end,
+            until,
             address,
             _REGIONS_PER_CALL,
             inverted=inverted,
@@ -158,11 +189,17 @@ def scan(
             ret=ret,
             flags=flags,
         )
-        found.extend(REGION.iter_unpack(bytes(memoryview(buffer)[: count * REGION.size])))
+        if stride is not None:
+            stride.done()
+        yield list(REGION.iter_unpack(bytes(memoryview(buffer)[: count * REGION.size])))
         if walk_end <= start:
             break
         start = walk_end
-    return found
+
+
+def scan(fd: int, start: int, end: int, **what: int) -> list[tuple[int, int, int]]:
+    """All that `calls` finds; `what` are its selecting arguments.  For short ranges and stopped processes."""
+    return [found for each in calls(fd, start, end, **what) for found in each]
 
 
 def read_entries(fd: int, start: int, buffer: bytearray | memoryview) -> int:

@@ -21,6 +21,7 @@ from gpuksm.linux import statx
 from gpuksm.linux._libc import PAGE_SIZE
 
 _READ_BYTES = 1 << 20
+_FEW_READS = 2000
 _GONE = (errno.ENOENT, errno.ESRCH)
 _DENIED = (errno.EACCES, errno.EPERM)
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -60,13 +61,21 @@ def read(pid: int, name: str) -> bytes:
     return b"".join(pieces(pid, name))
 
 
-def pieces(pid: int, name: str) -> Iterator[bytes]:
-    """/proc/PID/name as the kernel gives it, a page or so of whole lines each; TargetGone, NotPermitted."""
+def pieces(pid: int, name: str, *, one_by_one: int = 0) -> Iterator[bytes]:
+    """/proc/PID/name as the kernel gives it, a page or so of whole lines each; TargetGone, NotPermitted.
+
+    Records longer than `one_by_one` bytes, where given, are asked for one by one at first, in pieces of any
+    length: what fits no more into a page the kernel makes all over again for the next, and some take it long.
+    """
     with errors_of(pid):
         fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while piece := os.read(fd, _READ_BYTES):
+            count, size = 0, one_by_one or _READ_BYTES
+            while piece := os.read(fd, size):
                 yield piece
+                count += 1
+                if count == _FEW_READS:
+                    size = _READ_BYTES
         finally:
             os.close(fd)
 

@@ -35,6 +35,8 @@ _CAPACITY = 65536
 _WINDOW_GAP_PAGES = 64
 _WINDOW_PAGES = 1 << 19
 _EVERYTHING = 1 << 62  # bytes
+# Regions that are further from each other are not scanned in one go.
+_REGION_GAP = 1 << 30  # bytes
 _NO_STRETCHES = np.empty((0, 2), np.uint64)
 
 _ABSENT = pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
@@ -91,9 +93,13 @@ class PageMap:
         """Stretches within the regions (and [low, high)) of pages PAGEMAP_SCAN selects."""
         if not len(self.low):
             return np.empty(0, np.uint64), np.empty(0, np.uint64)
-        at = int(self.low[0]) if low is None else low
-        end = int(self.high[-1]) if high is None else high
-        table = np.concatenate(self._scan(kind, at, end))
+        found = [_NO_STRETCHES]
+        for first, last in windows(self.low, self.high, _REGION_GAP, _EVERYTHING):
+            at, end = int(self.low[first]), int(self.high[last - 1])
+            found += self._scan(
+                kind, at if low is None else max(at, low), end if high is None else min(end, high)
+            )
+        table = np.concatenate(found)
         return intersect(table[:, 0], table[:, 1], self.low, self.high)
 
     def select_in(self, kind: Kind, low: U64, high: U64) -> tuple[U64, U64]:
@@ -131,12 +137,14 @@ class PageMap:
     def _scan(self, kind: Kind, at: int, end: int) -> list[U64]:
         """Tables of the stretches in [at, end) that PAGEMAP_SCAN selects."""
         found = [_NO_STRETCHES]
+        stride = pagemap.Stride()
         while at < end:
+            until = stride.begin(at, end)
             try:
                 count, walk_end = pagemap.scan_into(
                     self._fd,
                     at,
-                    end,
+                    until,
                     self._buffer.ctypes.data,
                     _CAPACITY,
                     inverted=kind.inverted,
@@ -145,6 +153,7 @@ class PageMap:
                 )
             except OSError as error:
                 raise _gone_or(error, self.pid) from None
+            stride.done()
             if count:
                 found.append(self._buffer[:count, :2].copy())
             if walk_end <= at:

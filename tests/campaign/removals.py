@@ -444,6 +444,64 @@ REMOVALS = (
         (('    code.jump_if_register(R3, "!=", R4, "found")\n    code.set', "    code.set"),),
         "tests/linux/test_page_references.py",
     ),
+    Removal(
+        "arming in strides",
+        "gpuksm/guard/tracking.py",
+        (("        pagemap.Stride(),\n", "        None,\n"),),
+        "tests/guard/test_tracked.py",
+    ),
+    Removal(
+        "what was armed before a hole",
+        "gpuksm/guard/tracking.py",
+        (
+            ("                written += found\n", "                armed += found\n"),
+            (
+                "        try:\n            for found in _arming",
+                "        armed: list[Range] = []\n        try:\n            for found in _arming",
+            ),
+            (
+                "            changed = True\n    return",
+                "            changed = True\n        else:\n            written += armed\n    return",
+            ),
+        ),
+        "tests/guard/test_tracked.py",
+    ),
+    Removal(
+        "serving others between strides",
+        "gpuksm/guard/tracking.py",
+        (("                breathe()\n                if target", "                if target"),),
+        "tests/guard/test_tracked.py",
+    ),
+    Removal(
+        "cutting long mappings",
+        "gpuksm/guard/tracking.py",
+        (("[] if target.regions else seams.cut(target, room)", "[]"),),
+        "tests/guard/test_seams.py",
+    ),
+    Removal(
+        "never cutting what is tracked",
+        "gpuksm/guard/tracking.py",
+        (("[] if target.regions else seams.cut(target, room)", "seams.cut(target, room)"),),
+        "tests/guard/test_seams.py",
+    ),
+    Removal(
+        "letting go of parts that are not tracked",
+        "gpuksm/guard/tracking.py",
+        (("        seams.let_go(target, parts)\n", "        pass\n"),),
+        "tests/safety/test_long_mappings.py",
+    ),
+    Removal(
+        "putting parts together",
+        "gpuksm/guard/tracking.py",
+        (("seams.joined(mappings.smaps(target.pid), parts)", "mappings.smaps(target.pid)"),),
+        "tests/guard/test_seams.py",
+    ),
+    Removal(
+        "leaving part by part",
+        "gpuksm/guard/guard.py",
+        (("        seams.take_apart(target)\n", ""),),
+        "tests/safety/test_long_mappings.py",
+    ),
 )
 
 

@@ -71,6 +71,36 @@ def test_scan_goes_on_when_its_buffer_is_full(fd):
 
 
 @needs_scan
+def test_a_long_range_is_walked_in_strides(fd, monkeypatch):
+    """What it finds is the same; it walks further where that is quick, and begins anew where it is not."""
+    pages = 512
+    area = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+    start, end = vm.address_of(area), vm.address_of(area) + pages * PAGE
+    for page in range(0, pages, 3):
+        area[page * PAGE] = 1
+    monkeypatch.setattr(pagemap, "_LEAST_STRIDE", 8 * PAGE)
+    monkeypatch.setattr(pagemap, "_LONGEST_STRIDE", 64 * PAGE)
+    walked, now = [], 0.0
+    scan_into = pagemap.scan_into
+
+    def walk(fd, low, high, *args, **what):
+        nonlocal now
+        walked.append((high - low) // PAGE)
+        now += 0.01 if len(walked) == 8 else 1e-6
+        return scan_into(fd, low, high, *args, **what)
+
+    monkeypatch.setattr(pagemap, "scan_into", walk)
+    monkeypatch.setattr(pagemap.time, "monotonic", lambda: now)
+    present = {"mask": pagemap.PAGE_IS_PRESENT, "ret": pagemap.PAGE_IS_PRESENT}
+    found = [each for some in pagemap.calls(fd, start, end, pagemap.Stride(), **present) for each in some]
+    assert walked == [8, 16, 32, 64, 64, 64, 64, 64, 8, 16, 32, 64, 16]
+    walked.clear()
+    assert found == pagemap.scan(fd, start, end, **present)
+    assert walked == [pages]
+
+
+@needs_scan
 def test_arming_untracked_memory_is_refused_and_bad_ranges_are_errors(memory, fd):
     start = vm.address_of(memory)
     memory[0] = 1

@@ -20,6 +20,7 @@ from gpuksm.errors import TargetGone
 from gpuksm.guard import places
 from gpuksm.linux import mappings, procfs
 from gpuksm.linux._libc import PAGE_SIZE as PAGE
+from tests.support import processes
 
 
 @pytest.fixture
@@ -37,6 +38,27 @@ def test_maps_of_this_process_agree_with_a_naive_parser():
         naive = [line.split(None, 5)[0] for line in file]
     mine = {f"{vma.start:08x}-{vma.end:08x}" for vma in got}
     assert len(mine & set(naive)) > len(naive) * 0.8
+
+
+def test_records_are_asked_for_one_by_one_at_first(monkeypatch):
+    """What the kernel could not fit into a page it would make twice."""
+    read, asked = os.read, []
+
+    def note(fd, size):
+        asked.append(size)
+        return read(fd, size)
+
+    with processes.sleeping() as pid:
+        monkeypatch.setattr(procfs.os, "read", note)
+        got = mappings.smaps(pid)
+        assert set(asked) == {mappings._SMAPS_BYTES}
+        monkeypatch.setattr(procfs, "_FEW_READS", 10)
+        del asked[:]
+        assert mappings.smaps(pid) == got
+        assert asked[:10] == [mappings._SMAPS_BYTES] * 10
+        assert set(asked[10:]) == {procfs._READ_BYTES}
+        records = procfs.read(pid, "smaps").split(b"VmFlags:")
+    assert min(map(len, records[:-1])) > mappings._SMAPS_BYTES
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -195,3 +197,17 @@ def descriptors(pid: int) -> dict[int, str]:
 def waits_in(pid: int) -> str:
     """The kernel function that the first thread of `pid` sleeps in; `0` while it runs."""
     return Path(f"/proc/{pid}/wchan").read_text()
+
+
+@contextlib.contextmanager
+def sleeping() -> Iterator[int]:
+    """The pid of a process that does nothing any more, so that nothing of it changes."""
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        try:
+            deadline = time.monotonic() + 20
+            while "nanosleep" not in waits_in(child.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            yield child.pid
+        finally:
+            child.kill()
