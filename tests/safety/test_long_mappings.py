@@ -16,8 +16,8 @@ from tests.support.world import World
 PAGES = 64
 _LONG = 160 << 20  # so much of it is there that it is cut: gpuksm/guard/seams.py
 
-# Beside the area, which is equal in all, a long mapping of its own, and one that is left out, of which little is
-# there.  `look`: whether all is right.
+# Beside the area, which is equal in all, a long mapping of its own, and one that is left out, of which little
+# is there.  `look`: whether all is right.
 _SCRIPT = (
     area_script(PAGES).replace("print(", "import os, sys\nREADY = (").replace(", flush=True)", ")")
     + f"""
