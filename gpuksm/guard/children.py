@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
 
 _FORK_NS = 100_000_000
+_NAP_SECONDS = 0.0001
 _BOOTSTRAP_MAPPINGS = 2  # the agent's code page and its control block
 
 
@@ -283,6 +284,8 @@ def pid_of_fork(parent: Target, freeze: Freeze, held: list[int]) -> int | None:
                     return _in_our_namespace(parent.pid, registers.rax)
         if not left & freeze.waiting:
             break
+        # It may have to come to its stop on this processor, on which we come before it.
+        time.sleep(_NAP_SECONDS)
     return None
 
 

@@ -129,7 +129,7 @@ class Guard:
                 pass  # applies pending events, so that tracking starts from a true ledger
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
-        return target, *tracking.begin(target, self.journal, ranges, self.vma_budget(target))
+        return target, *tracking.begin(target, self.journal, self.breathe, ranges, self.vma_budget(target))
 
     def _check_domain(self, pid: int) -> None:
         """Refuse a process whose user may not read what the store holds: its agent would let it."""
@@ -384,12 +384,7 @@ class Guard:
 
     def release_idle(self) -> None:
         """Leave targets in which nothing is merged (after a scan)."""
-        for target in list(self.targets.values()):
-            if not target.runs.pages and target.parked is None:
-                with contextlib.suppress(FreezeFailed, TargetGone, AgentStuck), self.frozen(target):
-                    pass
-                if not target.runs.pages:
-                    self.drop(target)
+        unmerging.leave_idle(self)
 
     def status(self, budgets: Container[int] | None = None) -> dict[str, Any]:
         """What `gpuksm status` shows; `budgets`: ids of the targets whose VMAs are counted, all when None."""
@@ -430,7 +425,7 @@ class Guard:
         if due:
             self._swept = time.monotonic()
         adoption.adopt_orphans(self)
-        self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()))
+        self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()), self.breathe)
 
     @property
     def busy(self) -> bool:

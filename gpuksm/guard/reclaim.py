@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from gpuksm import writers
 from gpuksm.errors import NotPermitted, TargetGone
@@ -33,19 +34,23 @@ class Reclaimer:
         """A target is gone, or was unmerged."""
         self._due = time.monotonic()
 
-    def tick(self, born: int, happened: int) -> None:
+    def tick(self, born: int, happened: int, breathe: Callable[[], None]) -> None:
         """Reclaim when it is due; `happened` counts what may have freed slots besides."""
         now = time.monotonic()
         if self._due is None and happened != self._known and now >= self._last + _EVERY_SECONDS:
             self._due = now
         if self._due is not None and now >= self._due:
             self._last, self._known = now, happened
-            self._due = now + _AGAIN_SECONDS if reclaim(self._store, born) is None else None
+            self._due = None  # who is served meanwhile may say `soon`
+            if reclaim(self._store, born, breathe) is None:
+                self._due = now + _AGAIN_SECONDS
 
 
-def reclaim(store: Store, born: int) -> int | None:
+def reclaim(store: Store, born: int, breathe: Callable[[], None]) -> int | None:
     """Punch every slot without a mapping; slots freed, None when it has to wait.
 
+    Others are served (`breathe`) only once all mappings were read: a process that forks and then unmaps what
+    its child, which came too late to be on our list, still maps, would hide that.
     `born` is when the store was made, in clock ticks since boot: only younger processes
     can have inherited a mapping that we are not allowed to see.
     """
@@ -60,7 +65,7 @@ def reclaim(store: Store, born: int) -> int | None:
         except NotPermitted:
             if _could_hold(pid, born):
                 return None
-    return store.free(_united(pieces))
+    return store.free(_united(pieces), breathe)
 
 
 def _could_hold(pid: int, born: int) -> bool:

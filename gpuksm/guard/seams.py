@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from gpuksm.guard import faults
 from gpuksm.guard.target import Target
@@ -113,8 +113,8 @@ def let_go(target: Target, parts: Iterable[Range]) -> None:
                 region = next(tracked, None)
 
 
-def take_apart(target: Target) -> None:
-    """Track nothing of `target` any more, which is left."""
+def take_apart(target: Target, breathe: Callable[[], None] = lambda: None) -> None:
+    """Track nothing of `target` any more, which is left; it may be gone after `breathe`."""
     for start, end in target.regions:
         for at in range(start, end, PART_BYTES):
             try:
@@ -123,6 +123,9 @@ def take_apart(target: Target) -> None:
                 if error.errno == errno.ENOMEM:
                     return  # the process has gone, or can have no mapping more
             faults.point("seams-part")
+            breathe()
+            if target.closed:
+                return
     target.regions = []
 
 

@@ -23,7 +23,7 @@ import bisect
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from gpuksm.errors import FeatureMissing
 from gpuksm.linux import numa
@@ -36,6 +36,7 @@ _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
 _NEAR_HOLE = 1 << 18  # 1 GiB behind every other
 _HUGE = 512  # pages of a huge page
+_PUNCHED_SLOTS = 1 << 13  # at a time, some 3 ms
 _LARGE_EXTENT = _HUGE
 NOBODY = (1 << 32) - 1  # the user of an extent that nothing fills
 # Extents of one node this close to each other (pages: 64 GiB) share a policy, and what it costs to set it.
@@ -210,8 +211,11 @@ class Store:
                 if first < last:
                     punch_hole(self.fd, first * PAGE_SIZE, (last - first) * PAGE_SIZE)
 
-    def free(self, mapped: Sequence[tuple[int, int]]) -> int:
-        """Punch every allocated slot outside `mapped` (sorted, disjoint [start, end)); slots freed."""
+    def free(self, mapped: Sequence[tuple[int, int]], breathe: Callable[[], None] = lambda: None) -> int:
+        """Punch every allocated slot outside `mapped` (sorted, disjoint [start, end)); slots freed.
+
+        That takes a while for many: `breathe` is called in between, which must allocate none.
+        """
         freed = 0
         keep: list[tuple[int, int, bytes, int, int]] = []
         starts = [piece[0] for piece in mapped]
@@ -219,7 +223,7 @@ class Store:
         for (start, slots, user, node), digests in zip(self.owners(), self._digests, strict=True):
             gaps = _gaps(start, start + slots, mapped, starts)
             if gaps == [(start, start + slots)]:
-                punch_hole(self.fd, start * PAGE_SIZE, slots * PAGE_SIZE)
+                self._punch(start, start + slots, breathe)
                 freed += slots
                 if node and placed is None:
                     placed = _huge_floor(start)
@@ -231,7 +235,7 @@ class Store:
                 first, last = (low - start) * 8, (high - start) * 8
                 if digests[first:last].count(0) == last - first:
                     continue  # punched before
-                punch_hole(self.fd, low * PAGE_SIZE, (high - low) * PAGE_SIZE)
+                self._punch(low, high, breathe)
                 digests = digests[:first] + bytes(last - first) + digests[last:]
                 freed += high - low
             keep.append((start, slots, digests, user, node))
@@ -244,6 +248,13 @@ class Store:
         self._nodes = [item[4] for item in keep]
         self.generation += bool(freed)
         return freed
+
+    def _punch(self, start: int, end: int, breathe: Callable[[], None]) -> None:
+        """Punch the slots [start, end)."""
+        for at in range(start, end, _PUNCHED_SLOTS):
+            slots = min(end - at, _PUNCHED_SLOTS)
+            punch_hole(self.fd, at * PAGE_SIZE, slots * PAGE_SIZE)
+            breathe()
 
     def used_bytes(self) -> int:
         """Bytes of memory (or swap) that the store really takes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from gpuksm import eligibility
@@ -50,14 +51,19 @@ def arm(target: Target, breathe: Callable[[], None], ranges: list[Range] | None 
         try:
             for found in _arming(target, start, end, without):
                 written += found
-                breathe()
-                if target.closed:  # events of a process that goes
-                    raise TargetGone(f"process {target.pid} has exited")
+                _serve_others(target, breathe)
         except PermissionError:
             # Part of the region is not tracked any more (unmapped, moved over): arm the rest piecewise.
             written += _arm_piecewise(target, start, end, without)
             changed = True
     return Armed(sorted(written), changed)
+
+
+def _serve_others(target: Target, breathe: Callable[[], None]) -> None:
+    """In the midst of something long.  `target` may be gone then, and its descriptors be others'."""
+    breathe()
+    if target.closed:
+        raise TargetGone(f"process {target.pid} has exited")
 
 
 def _within(regions: list[Range], ranges: list[Range] | None) -> list[Range]:
@@ -112,16 +118,17 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
 
 
 def begin(
-    target: Target, journal: Journal, ranges: list[Range] | None, room: int
+    target: Target, journal: Journal, breathe: Callable[[], None], ranges: list[Range] | None, room: int
 ) -> tuple[list[eligibility.Region], dict[str, int]]:
     """Track what of `target` may be merged, within `ranges` if given; that, and pages left out by reason.
 
-    `room`: mappings that may be added for as long as this takes.
+    `room`: mappings that may be added for as long as this takes.  TargetGone.
     """
+    serve = partial(_serve_others, target, breathe)
     # What is tracked already would have to be let go of, and be armed anew, to be cut.
     parts = [] if target.regions else seams.cut(target, room)
     try:
-        entries = seams.joined(mappings.smaps(target.pid), parts)
+        entries = seams.joined(mappings.smaps(target.pid, serve), parts)
         regions, skipped = eligibility.regions(
             target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
         )
@@ -129,11 +136,12 @@ def begin(
         limits = eligibility.united(ranges)
         tracked = target.track([(region.start, region.end) for region in regions], limits)
     finally:
-        seams.let_go(target, parts)
+        if not target.closed:
+            seams.let_go(target, parts)
     told = list(advice.told_by(entries))
     if any(bits & advice.DONTFORK and not target.is_own(start, end) for start, end, bits in told):
         # Now that it is tracked: what has come to lie there since the first look is not, and stays unmerged.
-        told = list(advice.told_by(mappings.smaps(target.pid)))
+        told = list(advice.told_by(mappings.smaps(target.pid, serve)))
     target.learn_advice(journal, told)
     return _cut_regions(regions, tracked), skipped
 

@@ -8,12 +8,13 @@ If we die: see restore.py; what has been given back stays so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone
-from gpuksm.guard import adoption, headroom, restore
+from gpuksm.guard import adoption, headroom, restore, seams
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.sandbox import MUZZLED
@@ -81,7 +82,20 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
         except (FreezeFailed, AgentStuck, restore.RestoreFailed, OSError) as error:
             failed[str(target.pid)] = str(error)
             return
+        seams.take_apart(target, guard.breathe)
         guard.drop(target)
 
     take_turns({target.id: steps(target) for target in chosen}, guard.breathe, idle=_IDLE)
     return pages, pauses, failed
+
+
+def leave_idle(guard: Guard) -> None:
+    """Leave targets in which nothing is merged."""
+    for target in list(guard.targets.values()):
+        if target.runs.pages or target.parked is not None:
+            continue
+        with contextlib.suppress(FreezeFailed, TargetGone, AgentStuck), guard.frozen(target):
+            pass
+        if not target.runs.pages and not target.closed:
+            seams.take_apart(target, guard.breathe)
+            guard.drop(target)

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gpuksm.errors import TargetGone
@@ -180,13 +180,17 @@ def _smaps_number(block: bytes, name: bytes) -> int:
     return int(word[0]) if word and word[0].isdigit() else 0
 
 
-def smaps(pid: int) -> list[SmapsVma]:
-    """Every VMA of process `pid` with what smaps adds.
+def smaps(pid: int, between: Callable[[], None] = lambda: None) -> list[SmapsVma]:
+    """Every VMA of process `pid` with what smaps adds; `between` two of them that is called.
 
     The kernel walks all its page tables for this, and holds the lock of the address space for as long as one
     VMA takes, 9 ms a GiB (docs/hazards.md, 59).
     """
-    return parse_smaps(b"".join(pieces(pid, "smaps", one_by_one=_SMAPS_BYTES)))
+    found = []
+    for piece in pieces(pid, "smaps", one_by_one=_SMAPS_BYTES):
+        found.append(piece)
+        between()
+    return parse_smaps(b"".join(found))
 
 
 def locked_kib(pid: int) -> int:

@@ -469,7 +469,7 @@ REMOVALS = (
     Removal(
         "serving others between strides",
         "gpuksm/guard/tracking.py",
-        (("                breathe()\n                if target", "                if target"),),
+        (("                _serve_others(target, breathe)\n", ""),),
         "tests/guard/test_tracked.py",
     ),
     Removal(
@@ -493,7 +493,7 @@ REMOVALS = (
     Removal(
         "putting parts together",
         "gpuksm/guard/tracking.py",
-        (("seams.joined(mappings.smaps(target.pid), parts)", "mappings.smaps(target.pid)"),),
+        (("seams.joined(mappings.smaps(target.pid, serve), parts)", "mappings.smaps(target.pid, serve)"),),
         "tests/guard/test_seams.py",
     ),
     Removal(

@@ -90,9 +90,9 @@ def test_a_child_has_the_advice_of_what_it_has() -> None:
 def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other memory may have come to lie there, which a child would miss if it were marked."""
     looks = [list(_smaps("rd wr dc")), list(_smaps("rd wr"))]
-    monkeypatch.setattr(mappings, "smaps", lambda _pid: looks.pop(0))
+    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between: looks.pop(0))
     target: Any = SimpleNamespace(
-        pid=1, id=1, allowed=writers.NOTHING, advice=Advice(), runs=Runs(), regions=[(0, 1)]
+        pid=1, id=1, allowed=writers.NOTHING, advice=Advice(), runs=Runs(), regions=[(0, 1)], closed=False
     )
     target.runs.add(Run(0, PAGE_SIZE, 5))
     target.is_own = lambda _start, _end: False
@@ -100,7 +100,7 @@ def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pyte
     for name in ("learn_advice", "note_advice"):
         setattr(target, name, getattr(Target, name).__get__(target))
     journal: Any = SimpleNamespace(append=lambda *_: None)
-    regions, _ = tracking.begin(target, journal, None, 0)
+    regions, _ = tracking.begin(target, journal, lambda: None, None, 0)
     assert regions == [(4 * PAGE_SIZE, 8 * PAGE_SIZE, 3)]
     assert list(target.advice) == []
 
@@ -108,11 +108,11 @@ def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pyte
 def test_the_agents_own_memory_is_no_reason_to_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is kept from children, in every target; to look takes the kernel as long as the target is large."""
     looks = [list(_smaps("rd wr dc"))]
-    monkeypatch.setattr(mappings, "smaps", lambda _pid: looks.pop(0))
-    target: Any = SimpleNamespace(pid=1, allowed=writers.NOTHING, regions=[(0, 1)])
+    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between: looks.pop(0))
+    target: Any = SimpleNamespace(pid=1, allowed=writers.NOTHING, regions=[(0, 1)], closed=False)
     target.is_own = lambda start, end: (start, end) == (4 * PAGE_SIZE, 8 * PAGE_SIZE)
     target.track = lambda regions, _limits: regions
     target.learn_advice = lambda *_: None
     journal: Any = SimpleNamespace()
-    assert tracking.begin(target, journal, None, 0) == ([], {})
+    assert tracking.begin(target, journal, lambda: None, None, 0) == ([], {})
     assert looks == []

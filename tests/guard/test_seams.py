@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuksm import writers
+from gpuksm.errors import TargetGone
 from gpuksm.guard import seams, tracking
 from gpuksm.guard.advice import Advice
 from gpuksm.guard.runs import Runs
@@ -43,6 +44,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         runs=Runs(),
         borders=set(),
         regions=[],
+        closed=False,
     )
     made.link = SimpleNamespace(uffd_track=fd)
     made.is_own = lambda _start, _end: False
@@ -116,8 +118,8 @@ def test_looking_for_what_may_be_merged_sees_parts(
     start, looks = vm.address_of(area), []
     smaps = mappings.smaps
 
-    def look(pid: int) -> list[SmapsVma]:
-        found = smaps(pid)
+    def look(pid: int, between: Any) -> list[SmapsVma]:
+        found = smaps(pid, between)
         looks.append(len(_in(area, found)))
         return found
 
@@ -125,13 +127,28 @@ def test_looking_for_what_may_be_merged_sees_parts(
     journal: Any = SimpleNamespace(append=lambda *_: None)
     ranges = [(start, start + LONG)]
     for _ in range(2):
-        regions, skipped = tracking.begin(target, journal, ranges, PLENTY)
+        regions, skipped = tracking.begin(target, journal, lambda: None, ranges, PLENTY)
         assert ([(low, high) for low, high, _ in regions], skipped) == (ranges, {})
         assert target.regions == ranges
         [entry] = _in(area, smaps(os.getpid()))
         assert "uw" in entry.flags
     assert looks[0] > LONG // PART - 2
     assert looks[1] == 1
+
+
+def test_others_are_served_while_it_is_looked_at_and_it_may_be_gone_then(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaths: list[int] = []
+
+    def breathe() -> None:
+        breaths.append(1)
+        target.closed = len(breaths) == 20
+
+    monkeypatch.setattr(seams, "let_go", lambda *_: pytest.fail("its descriptors may be others'"))
+    with pytest.raises(TargetGone):
+        tracking.begin(target, SimpleNamespace(), breathe, None, 0)
+    assert len(breaths) == 20
 
 
 # Stretches of a few parts, as (part, parts); regions of pages that begin and end within parts.
@@ -190,6 +207,21 @@ def test_what_has_gone_is_not_unregistered_part_by_part(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(seams, "PART_BYTES", PART)
     monkeypatch.setattr(uffd, "unregister", unregister)
-    target: Any = SimpleNamespace(regions=[(0, 8 * PART)], link=SimpleNamespace(uffd_track=-1))
+    link = SimpleNamespace(uffd_track=-1)
+    target: Any = SimpleNamespace(regions=[(0, 8 * PART)], link=link, closed=False)
     seams.take_apart(target)
     assert calls == [0, PART, 2 * PART]
+
+
+def test_others_are_served_while_it_is_left_and_it_may_be_gone_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(seams, "PART_BYTES", PART)
+    monkeypatch.setattr(uffd, "unregister", lambda _fd, start, _length: calls.append(start))
+    link = SimpleNamespace(uffd_track=-1)
+    target: Any = SimpleNamespace(regions=[(0, 2 * PART), (4 * PART, 8 * PART)], link=link, closed=False)
+
+    def breathe() -> None:
+        target.closed = len(calls) == 4
+
+    seams.take_apart(target, breathe)
+    assert calls == [0, PART, 4 * PART, 5 * PART]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpuksm.guard import store as module
 from gpuksm.guard.store import Store, hole_behind
 from gpuksm.linux import numa, vm
 from gpuksm.linux._libc import PAGE_SIZE
@@ -82,7 +83,10 @@ def test_the_descriptor_for_targets_cannot_write() -> None:
     assert os.fstat(store.fd).st_mode & 0o777 == 0o400
 
 
-def test_frees_exactly_what_is_not_mapped() -> None:
+@pytest.mark.parametrize("at_a_time", [None, 7])
+def test_frees_exactly_what_is_not_mapped(at_a_time: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if at_a_time is not None:
+        monkeypatch.setattr(module, "_PUNCHED_SLOTS", at_a_time)
     store = Store()
     page = memoryview(b"\x55" * PAGE_SIZE)
     a, b = store.allocate(4, 0), store.allocate(600, 0)
@@ -91,7 +95,10 @@ def test_frees_exactly_what_is_not_mapped() -> None:
     store.set_digests(a, 0, b"\x01" * 32)
     store.set_digests(b, 0, b"\x02" * 4800)
     before = store.used_bytes()
-    assert store.free([(a + 1, a + 2)]) == 603
+    used: list[int] = []
+    assert store.free([(a + 1, a + 2)], lambda: used.append(store.used_bytes())) == 603
+    assert len(used) == (3 if at_a_time is None else 2 + 86)
+    assert sorted(set(used), reverse=True) == used
     assert store.used_bytes() == before - 603 * PAGE_SIZE
     got = bytearray(PAGE_SIZE)
     store.read(a + 1, memoryview(got))

@@ -42,7 +42,12 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
     agent = SimpleNamespace(muzzled=lambda: False)
     targets: Any = [
         SimpleNamespace(
-            id=number, pid=number, runs=Runs(), placeholders=set(), link=SimpleNamespace(agent=agent)
+            id=number,
+            pid=number,
+            runs=Runs(),
+            placeholders=set(),
+            regions=[],
+            link=SimpleNamespace(agent=agent),
         )
         for number in stood
     ]
@@ -85,7 +90,12 @@ def test_what_becomes_of_one_is_nothing_to_the_others(
     agent = SimpleNamespace(muzzled=lambda: False)
     targets: Any = [
         SimpleNamespace(
-            id=number, pid=number, runs=Runs(), placeholders=set(), link=SimpleNamespace(agent=agent)
+            id=number,
+            pid=number,
+            runs=Runs(),
+            placeholders=set(),
+            regions=[],
+            link=SimpleNamespace(agent=agent),
         )
         for number in (1, 2)
     ]
@@ -115,7 +125,7 @@ def test_a_pause_is_over_when_the_target_goes_on(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         restore, "restore_piece", lambda target, _, low, high, **__: target.runs.remove(low, high)
     )
-    target: Any = SimpleNamespace(id=1, pid=1, runs=Runs(), placeholders=set())
+    target: Any = SimpleNamespace(id=1, pid=1, runs=Runs(), placeholders=set(), regions=[])
     target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
     journal: Any = None
     ((pages, pause_us),) = restore.restore_all(target, journal, frozen, 5000)
