@@ -210,8 +210,18 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
         zeroed = [piece for piece, _ in done if piece not in failed]
         for piece in zeroed:
             target.runs.remove(piece.start, piece.end)
+        _let_go_of_ends(target, zeroed)
         if failed:
             _keep_watched(host, target, failed)
+
+
+def _let_go_of_ends(target: Target, zeroed: Iterable[Run]) -> None:
+    """Border pages behind runs that are zeros now are watched no longer: they would be for ever."""
+    for page in {piece.end for piece in zeroed} & target.borders - target.placeholders:
+        if target.runs.at(page - PAGE_SIZE) is None:
+            with contextlib.suppress(OSError):  # at vm.max_map_count: it stays one
+                uffd.unregister(target.link.uffd_event, page, PAGE_SIZE)
+                target.borders.discard(page)
 
 
 def _add_zeros(target: Target, table: Table, start: int, end: int, vma: mappings.VmaQuery) -> int:

@@ -445,6 +445,44 @@ REMOVALS = (
         "tests/linux/test_page_references.py",
     ),
     Removal(
+        "letting go of what was behind ends that are gone",
+        "gpuksm/guard/events.py",
+        (("        _let_go_of_ends(target, zeroed)\n", ""),),
+        "tests/safety/test_loose_ends.py",
+    ),
+    Removal(
+        "only of those that are gone",
+        "gpuksm/guard/events.py",
+        (
+            (
+                "    for page in {piece.end for piece in zeroed} & target.borders - target.placeholders:\n"
+                "        if target.runs.at(page - PAGE_SIZE) is None:\n",
+                "    for page in target.borders - target.placeholders:\n        if True:\n",
+            ),
+        ),
+        "tests/safety/test_loose_ends.py",
+    ),
+    Removal(
+        "letting the thread that forks have the processor",
+        "gpuksm/guard/children.py",
+        (("        time.sleep(_NAP_SECONDS)\n    return None\n", "    return None\n"),),
+        "tests/guard/test_children.py",
+    ),
+    Removal(
+        "what is said while slots are freed",
+        "gpuksm/guard/reclaim.py",
+        (
+            ("            self._due = None  # who is served meanwhile may say `soon`\n", ""),
+            (
+                "            if reclaim(self._store, born, breathe) is None:\n"
+                "                self._due = now + _AGAIN_SECONDS\n",
+                "            waits = reclaim(self._store, born, breathe) is None\n"
+                "            self._due = now + _AGAIN_SECONDS if waits else None\n",
+            ),
+        ),
+        "tests/guard/test_reclaim.py",
+    ),
+    Removal(
         "arming in strides",
         "gpuksm/guard/tracking.py",
         (("        pagemap.Stride(),\n", "        None,\n"),),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from gpuksm import wire
 from gpuksm.guard import commit, pace
+from gpuksm.linux import mappings
 from gpuksm.linux._libc import PAGE_SIZE
-from tests.support import processes
+from tests.support import merging, processes
 from tests.support.scanner import Scanner
 from tests.support.scripts import area_script
+from tests.support.victims import Victim
 from tests.support.world import World
 
 PAGES = 160
@@ -27,6 +29,10 @@ for line in sys.stdin:
         page = int(rest[0])
         expected[page] = 9000 + page
         ctypes.memmove(at + page * 4096, content(expected[page]), 4096)
+    if word == "discard":
+        page, count = map(int, rest)
+        assert libc.madvise(at + page * 4096, count * 4096, 4) == 0
+        expected[page : page + count] = [0] * count
     if word == "grow":
         pages = int(rest[0])
         moved = libc.mremap(at, pages * 4096, (pages + 1) * 4096, 1, None)
@@ -74,3 +80,31 @@ def test_a_run_of_which_an_error_leaves_out_the_rest(world: World) -> None:
     victim.verify()
     victim.ask(f"grow {merged}")
     scanner.close()
+
+
+def _watched(victim: Victim) -> list[int]:
+    """The pages of its area that are its own and raise events."""
+    start, end = victim.area("area")
+    own = [entry.vma for entry in mappings.smaps(victim.pid) if not entry.vma.inode and "uw" in entry.flags]
+    return [
+        (page - start) // PAGE_SIZE
+        for vma in own
+        for page in range(max(start, vma.start), min(end, vma.end), PAGE_SIZE)
+    ]
+
+
+def test_what_was_behind_an_end_that_is_gone_is_not_watched_any_more(each_world: World) -> None:
+    """A heap that shrinks page by page would else have each page watched, for ever, and in each child."""
+    victims = [each_world.python(_GROWING) for _ in range(2)]
+    merging.scan_until_merged(each_world, victims, ["area"])
+    victim = victims[0]
+    for page in range(PAGES - 2, PAGES // 2, -1):
+        victim.ask(f"discard {page} 1")
+        assert _watched(victim) in ([page], []), "one border page, where the run ends"
+    victim.ask("discard 20 5")
+    victim.ask("discard 10 1")
+    assert set(_watched(victim)) >= {10, 20, PAGES // 2 + 1}, "each of these is behind an end"
+    victim.ask("discard 11 9")
+    assert set(_watched(victim)) & set(range(PAGES // 2)) == {10}
+    victim.verify()
+    victim.ask("grow 10")
