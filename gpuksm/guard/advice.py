@@ -94,10 +94,10 @@ class Advice:
         gone = sorted(ranges)
         there = [(low + delta, high + delta) for low, high in gone]
         arrived = [(low + delta, high + delta, bits) for low, high, bits in self.within(gone)]
-        return Advice([*_outside(self._noted, sorted([*gone, *there])), *arrived])
+        return Advice([*outside(self._noted, sorted([*gone, *there])), *arrived])
 
 
-def _outside(noted: Iterable[Advised], ranges: list[Range]) -> Iterator[Advised]:
+def outside(noted: Iterable[Advised], ranges: list[Range]) -> Iterator[Advised]:
     """The parts of `noted` that lie in none of `ranges` (sorted; they may overlap)."""
     for start, end, bits in noted:
         at = start

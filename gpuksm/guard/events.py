@@ -217,8 +217,8 @@ def zero(host: Host, target: Target, start: int, end: int) -> None:
 
 def _let_go_of_ends(target: Target, zeroed: Iterable[Run]) -> None:
     """Border pages behind runs that are zeros now are watched no longer: they would be for ever."""
-    for page in {piece.end for piece in zeroed} & target.borders - target.placeholders:
-        if target.runs.at(page - PAGE_SIZE) is None:
+    for page in {piece.end for piece in zeroed} & target.borders:
+        if page not in target.placeholders and target.runs.at(page - PAGE_SIZE) is None:
             with contextlib.suppress(OSError):  # at vm.max_map_count: it stays one
                 uffd.unregister(target.link.uffd_event, page, PAGE_SIZE)
                 target.borders.discard(page)

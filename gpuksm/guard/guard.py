@@ -25,7 +25,6 @@ from gpuksm.guard import (
     journal,
     plan,
     reclaim,
-    seams,
     tracking,
     unmerging,
 )
@@ -129,7 +128,7 @@ class Guard:
                 pass  # applies pending events, so that tracking starts from a true ledger
         except (FreezeFailed, AgentStuck) as error:
             raise Unsupported(f"{error}; try again later") from None
-        return target, *tracking.begin(target, self.journal, self.breathe, ranges, self.vma_budget(target))
+        return target, *tracking.begin(target, self.journal, self.breathe, ranges)
 
     def _check_domain(self, pid: int) -> None:
         """Refuse a process whose user may not read what the store holds: its agent would let it."""
@@ -213,10 +212,9 @@ class Guard:
             return
         self.tether.release(target)
         target.restore_core_dumps()
-        seams.take_apart(target)
-        target.close()
         self.keep(f"track:{target.id}", None)
         self.keep(f"event:{target.id}", None)
+        target.close()
         self.keep(f"word:{target.id}", None)
         self.attic.remove(target.id)
         self.journal.append(journal.GONE, target.id)
@@ -320,8 +318,8 @@ class Guard:
         try:
             if at_once or time.monotonic() > self._asked + _ASK_SECONDS:
                 self._serve_waiting()
+                self.tether.serve()
                 self._asked = time.monotonic()
-            self.tether.serve()
             adoption.adopt_orphans(self)
         finally:
             self._serving = False
@@ -425,7 +423,13 @@ class Guard:
         if due:
             self._swept = time.monotonic()
         adoption.adopt_orphans(self)
-        self.reclaimer.tick(self.store_born, self._remerged + sum(self.event_counts.values()), self.breathe)
+        happened = self._remerged + sum(self.event_counts.values())
+        self.reclaimer.tick(self.store_born, happened, self._ledger, self.breathe)
+
+    def _ledger(self) -> list[tuple[int, int]] | None:
+        if self.orphans:
+            return None
+        return [(run.slot, run.slot_end) for target in self.targets.values() for run in target.runs]
 
     @property
     def busy(self) -> bool:

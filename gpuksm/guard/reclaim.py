@@ -1,14 +1,14 @@
 """Freeing slots that nobody maps any more.
 
 What must hold (docs/hazards.md, 2): a slot is punched only when no process that
-can be seen maps it and no process that could map it is hidden from us.
+can be seen maps it, none could that is hidden from us, and no target's ledger has it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gpuksm import writers
 from gpuksm.errors import NotPermitted, TargetGone
@@ -19,6 +19,10 @@ from gpuksm.linux._libc import PAGE_SIZE
 _AGAIN_SECONDS = 1.0
 # Reading the maps of all processes takes a while: no more often, as long as nobody has ended.
 _EVERY_SECONDS = 60.0
+
+
+# Slots [start, end) that targets map as far as they have told; None while a child waits to be taken in.
+Ledger = Callable[[], Iterable[tuple[int, int]] | None]
 
 
 class Reclaimer:
@@ -34,7 +38,7 @@ class Reclaimer:
         """A target is gone, or was unmerged."""
         self._due = time.monotonic()
 
-    def tick(self, born: int, happened: int, breathe: Callable[[], None]) -> None:
+    def tick(self, born: int, happened: int, ledger: Ledger, breathe: Callable[[], None]) -> None:
         """Reclaim when it is due; `happened` counts what may have freed slots besides."""
         now = time.monotonic()
         if self._due is None and happened != self._known and now >= self._last + _EVERY_SECONDS:
@@ -42,19 +46,24 @@ class Reclaimer:
         if self._due is not None and now >= self._due:
             self._last, self._known = now, happened
             self._due = None  # who is served meanwhile may say `soon`
-            if reclaim(self._store, born, breathe) is None:
+            if reclaim(self._store, born, ledger, breathe) is None:
                 self._due = now + _AGAIN_SECONDS
 
 
-def reclaim(store: Store, born: int, breathe: Callable[[], None]) -> int | None:
+def reclaim(store: Store, born: int, ledger: Ledger, breathe: Callable[[], None]) -> int | None:
     """Punch every slot without a mapping; slots freed, None when it has to wait.
 
-    Others are served (`breathe`) only once all mappings were read: a process that forks and then unmaps what
-    its child, which came too late to be on our list, still maps, would hide that.
+    What a target maps by the ledger counts as mapped, too: it may have unmapped or moved that since, or
+    forked, with the event waiting for us, and a child that is not to be seen yet maps it.  For the same
+    reason others are served (`breathe`) only once all was read.
+
     `born` is when the store was made, in clock ticks since boot: only younger processes
     can have inherited a mapping that we are not allowed to see.
     """
-    pieces: list[tuple[int, int]] = []
+    held = ledger()
+    if held is None:
+        return None
+    pieces = list(held)
     for pid in procfs.pids():
         try:
             for start, end, offset in mappings.file_mappings(pid, store.inode, writers.STORE_PATH):

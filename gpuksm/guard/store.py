@@ -37,6 +37,7 @@ _FAR_HOLE = 1 << 28  # pages: 1 TiB behind a large extent
 _NEAR_HOLE = 1 << 18  # 1 GiB behind every other
 _HUGE = 512  # pages of a huge page
 _PUNCHED_SLOTS = 1 << 13  # at a time, some 3 ms
+_HOLE_SLOTS = 16  # a hole takes as long as so many slots of it
 _LARGE_EXTENT = _HUGE
 NOBODY = (1 << 32) - 1  # the user of an extent that nothing fills
 # Extents of one node this close to each other (pages: 64 GiB) share a policy, and what it costs to set it.
@@ -64,6 +65,7 @@ class Store:
         status = os.fstat(self.fd)
         self.device, self.inode = status.st_dev, status.st_ino
         self._starts: list[int] = []
+        self._punched = 0  # slots, since others were served
         self._slots: list[int] = []
         self._digests: list[bytes] = []
         self._users: list[int] = []
@@ -254,7 +256,10 @@ class Store:
         for at in range(start, end, _PUNCHED_SLOTS):
             slots = min(end - at, _PUNCHED_SLOTS)
             punch_hole(self.fd, at * PAGE_SIZE, slots * PAGE_SIZE)
-            breathe()
+            self._punched += slots + _HOLE_SLOTS
+            if self._punched > _PUNCHED_SLOTS:
+                self._punched = 0
+                breathe()
 
     def used_bytes(self) -> int:
         """Bytes of memory (or swap) that the store really takes."""

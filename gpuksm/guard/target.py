@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.guard import arch
-from gpuksm.guard.advice import DONTFORK, Advice, Advised
+from gpuksm.guard.advice import DONTFORK, Advice, Advised, outside
 from gpuksm.guard.agent import Table
 from gpuksm.guard.equipment import Attachment
 from gpuksm.guard.freeze import Freeze
@@ -313,8 +313,12 @@ class Target:
             journal.append(ADVICE, self.id, start, end, bits)
 
     def learn_advice(self, journal: Journal, told: Iterable[Advised]) -> None:
-        """Note what smaps has `told` of the target's own memory; of merged memory what was known stays."""
-        self.note_advice(journal, Advice([*told, *self.advice.within(self.runs.stretches())]))
+        """Note what smaps has `told` of the target's own memory; of merged memory what was known stays.
+
+        Merged memory may have been moved to a place that was told of.
+        """
+        merged = self.runs.stretches()
+        self.note_advice(journal, Advice([*outside(told, merged), *self.advice.within(merged)]))
 
     # -- core dumps ------------------------------------------------------------
 

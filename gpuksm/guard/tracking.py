@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from gpuksm import eligibility
 from gpuksm.errors import TargetGone
-from gpuksm.guard import advice, seams
+from gpuksm.guard import advice
 from gpuksm.guard.journal import Journal
 from gpuksm.guard.target import Target
 from gpuksm.linux import mappings, pagemap
@@ -118,30 +118,23 @@ def _arm_piecewise(target: Target, start: int, end: int, without: int) -> list[R
 
 
 def begin(
-    target: Target, journal: Journal, breathe: Callable[[], None], ranges: list[Range] | None, room: int
+    target: Target, journal: Journal, breathe: Callable[[], None], ranges: list[Range] | None
 ) -> tuple[list[eligibility.Region], dict[str, int]]:
     """Track what of `target` may be merged, within `ranges` if given; that, and pages left out by reason.
 
-    `room`: mappings that may be added for as long as this takes.  TargetGone.
+    TargetGone.
     """
-    serve = partial(_serve_others, target, breathe)
-    # What is tracked already would have to be let go of, and be armed anew, to be cut.
-    parts = [] if target.regions else seams.cut(target, room)
-    try:
-        entries = seams.joined(mappings.smaps(target.pid, serve), parts)
-        regions, skipped = eligibility.regions(
-            target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
-        )
-        regions = [region for region in regions if not target.is_own(region.start, region.end)]
-        limits = eligibility.united(ranges)
-        tracked = target.track([(region.start, region.end) for region in regions], limits)
-    finally:
-        if not target.closed:
-            seams.let_go(target, parts)
+    entries = mappings.smaps(target.pid, partial(_serve_others, target, breathe))
+    regions, skipped = eligibility.regions(
+        target.pid, ranges, tracked=True, allowed=target.allowed, entries=entries
+    )
+    regions = [region for region in regions if not target.is_own(region.start, region.end)]
+    tracked = target.track([(region.start, region.end) for region in regions], eligibility.united(ranges))
     told = list(advice.told_by(entries))
     if any(bits & advice.DONTFORK and not target.is_own(start, end) for start, end, bits in told):
         # Now that it is tracked: what has come to lie there since the first look is not, and stays unmerged.
-        told = list(advice.told_by(mappings.smaps(target.pid, serve)))
+        # Nobody is served: what moves from here on corrects what is told.
+        told = list(advice.told_by(mappings.smaps(target.pid)))
     target.learn_advice(journal, told)
     return _cut_regions(regions, tracked), skipped
 

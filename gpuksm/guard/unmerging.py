@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gpuksm.errors import GpuksmError, NoSuchProcess, TargetGone
-from gpuksm.guard import adoption, headroom, restore, seams
+from gpuksm.guard import adoption, headroom, restore
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.sandbox import MUZZLED
@@ -82,7 +82,6 @@ def _unmerge_each(guard: Guard, chosen: Iterable[Target], max_pause_us: int) -> 
         except (FreezeFailed, AgentStuck, restore.RestoreFailed, OSError) as error:
             failed[str(target.pid)] = str(error)
             return
-        seams.take_apart(target, guard.breathe)
         guard.drop(target)
 
     take_turns({target.id: steps(target) for target in chosen}, guard.breathe, idle=_IDLE)
@@ -96,6 +95,5 @@ def leave_idle(guard: Guard) -> None:
             continue
         with contextlib.suppress(FreezeFailed, TargetGone, AgentStuck), guard.frozen(target):
             pass
-        if not target.runs.pages and not target.closed:
-            seams.take_apart(target, guard.breathe)
+        if not target.runs.pages and target.parked is None:
             guard.drop(target)

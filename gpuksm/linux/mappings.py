@@ -143,7 +143,7 @@ def maps_match(pid: int, pattern: re.Pattern[bytes]) -> str | None:
 
 
 def parse_smaps(data: bytes) -> list[SmapsVma]:
-    """The VMAs of a smaps file, in address order; a VMA without its VmFlags line is left out.
+    """The VMAs of a smaps file, in address order and disjoint; a VMA without its VmFlags line is left out.
 
     Cut at the line each VMA ends with, as there may be 60,000 of twenty-five lines each.
     """
@@ -159,9 +159,11 @@ def parse_smaps(data: bytes) -> list[SmapsVma]:
         if flags not in known:
             known[flags] = frozenset(text(flags).split())
         huge = "ht" in known[flags]
+        vma = _vma(*head.groups())
+        _cut_off(result, vma.start)
         result.append(
             SmapsVma(
-                _vma(*head.groups()),
+                vma,
                 known[flags],
                 _smaps_number(block, b"\nRss:") * 1024,
                 _smaps_number(block, b"\nAnonymous:") * 1024,
@@ -170,6 +172,18 @@ def parse_smaps(data: bytes) -> list[SmapsVma]:
             )
         )
     return result
+
+
+def _cut_off(entries: list[SmapsVma], start: int) -> None:
+    """What was told of memory from `start` on is told anew.
+
+    Between two reads a mapping may have grown or been joined with the next: the kernel goes on with the one
+    that covers the place that it had come to, from that one's start.
+    """
+    while entries and entries[-1].vma.end > start:
+        last = entries.pop()
+        if last.vma.start < start:
+            entries.append(last._replace(vma=last.vma._replace(end=start)))
 
 
 def _smaps_number(block: bytes, name: bytes) -> int:

@@ -52,7 +52,7 @@ _SPAN = struct.Struct("=2Q")
 _REGIONS_PER_CALL = 4096
 # How far a call walks: half a millisecond where each page is there; farther where walking shows to be quick
 # (huge pages, or nothing there), for there are reservations of many TiB.
-_LEAST_STRIDE, _LONGEST_STRIDE = 32 << 20, 4 << 30
+_LEAST_STRIDE, _LONGEST_STRIDE = 32 << 20, 1 << 30
 _QUICK_SECONDS, _SLOW_SECONDS = 2e-4, 1e-3
 
 

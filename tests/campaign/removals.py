@@ -455,9 +455,9 @@ REMOVALS = (
         "gpuksm/guard/events.py",
         (
             (
-                "    for page in {piece.end for piece in zeroed} & target.borders - target.placeholders:\n"
-                "        if target.runs.at(page - PAGE_SIZE) is None:\n",
-                "    for page in target.borders - target.placeholders:\n        if True:\n",
+                "    for page in {piece.end for piece in zeroed} & target.borders:\n"
+                "        if page not in target.placeholders and target.runs.at(page - PAGE_SIZE) is None:\n",
+                "    for page in list(target.borders):\n        if page not in target.placeholders:\n",
             ),
         ),
         "tests/safety/test_loose_ends.py",
@@ -474,9 +474,9 @@ REMOVALS = (
         (
             ("            self._due = None  # who is served meanwhile may say `soon`\n", ""),
             (
-                "            if reclaim(self._store, born, breathe) is None:\n"
+                "            if reclaim(self._store, born, ledger, breathe) is None:\n"
                 "                self._due = now + _AGAIN_SECONDS\n",
-                "            waits = reclaim(self._store, born, breathe) is None\n"
+                "            waits = reclaim(self._store, born, ledger, breathe) is None\n"
                 "            self._due = now + _AGAIN_SECONDS if waits else None\n",
             ),
         ),
@@ -509,36 +509,6 @@ REMOVALS = (
         "gpuksm/guard/tracking.py",
         (("                _serve_others(target, breathe)\n", ""),),
         "tests/guard/test_tracked.py",
-    ),
-    Removal(
-        "cutting long mappings",
-        "gpuksm/guard/tracking.py",
-        (("[] if target.regions else seams.cut(target, room)", "[]"),),
-        "tests/guard/test_seams.py",
-    ),
-    Removal(
-        "never cutting what is tracked",
-        "gpuksm/guard/tracking.py",
-        (("[] if target.regions else seams.cut(target, room)", "seams.cut(target, room)"),),
-        "tests/guard/test_seams.py",
-    ),
-    Removal(
-        "letting go of parts that are not tracked",
-        "gpuksm/guard/tracking.py",
-        (("        seams.let_go(target, parts)\n", "        pass\n"),),
-        "tests/safety/test_long_mappings.py",
-    ),
-    Removal(
-        "putting parts together",
-        "gpuksm/guard/tracking.py",
-        (("seams.joined(mappings.smaps(target.pid, serve), parts)", "mappings.smaps(target.pid, serve)"),),
-        "tests/guard/test_seams.py",
-    ),
-    Removal(
-        "leaving part by part",
-        "gpuksm/guard/guard.py",
-        (("        seams.take_apart(target)\n", ""),),
-        "tests/safety/test_long_mappings.py",
     ),
 )
 

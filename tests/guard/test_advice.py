@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpuksm import writers
+from gpuksm import eligibility, writers
+from gpuksm.errors import TargetGone
 from gpuksm.guard import tracking
 from gpuksm.guard.advice import DONTFORK, Advice, calls_for, told_by
 from gpuksm.guard.children import inherited
@@ -90,7 +92,7 @@ def test_a_child_has_the_advice_of_what_it_has() -> None:
 def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other memory may have come to lie there, which a child would miss if it were marked."""
     looks = [list(_smaps("rd wr dc")), list(_smaps("rd wr"))]
-    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between: looks.pop(0))
+    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between=None: looks.pop(0))
     target: Any = SimpleNamespace(
         pid=1, id=1, allowed=writers.NOTHING, advice=Advice(), runs=Runs(), regions=[(0, 1)], closed=False
     )
@@ -100,7 +102,7 @@ def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pyte
     for name in ("learn_advice", "note_advice"):
         setattr(target, name, getattr(Target, name).__get__(target))
     journal: Any = SimpleNamespace(append=lambda *_: None)
-    regions, _ = tracking.begin(target, journal, lambda: None, None, 0)
+    regions, _ = tracking.begin(target, journal, lambda: None, None)
     assert regions == [(4 * PAGE_SIZE, 8 * PAGE_SIZE, 3)]
     assert list(target.advice) == []
 
@@ -108,11 +110,38 @@ def test_what_came_between_looking_and_tracking_does_not_count(monkeypatch: pyte
 def test_the_agents_own_memory_is_no_reason_to_look_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is kept from children, in every target; to look takes the kernel as long as the target is large."""
     looks = [list(_smaps("rd wr dc"))]
-    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between: looks.pop(0))
+    monkeypatch.setattr(mappings, "smaps", lambda _pid, _between=None: looks.pop(0))
     target: Any = SimpleNamespace(pid=1, allowed=writers.NOTHING, regions=[(0, 1)], closed=False)
     target.is_own = lambda start, end: (start, end) == (4 * PAGE_SIZE, 8 * PAGE_SIZE)
     target.track = lambda regions, _limits: regions
     target.learn_advice = lambda *_: None
     journal: Any = SimpleNamespace()
-    assert tracking.begin(target, journal, lambda: None, None, 0) == ([], {})
+    assert tracking.begin(target, journal, lambda: None, None) == ([], {})
     assert looks == []
+
+
+def test_what_is_told_of_a_place_does_not_hold_for_what_was_moved_there() -> None:
+    """Merged memory came to lie there while it was looked at: marked, a child would miss it."""
+    target: Any = SimpleNamespace(id=1, advice=Advice([(20, 30, 2)]), runs=Runs())
+    target.runs.add(Run(4, 8, 5))
+    target.runs.add(Run(22, 24, 9))
+    target.note_advice = Target.note_advice.__get__(target)
+    journal: Any = SimpleNamespace(append=lambda *_: None)
+    Target.learn_advice(target, journal, [(2, 10, DONTFORK), (20, 26, DONTFORK)])
+    assert list(target.advice) == [(2, 4, 1), (8, 10, 1), (20, 22, 1), (22, 24, 2), (24, 26, 1)]
+
+
+def test_others_are_served_while_it_is_looked_at_and_it_may_be_gone_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target: Any = SimpleNamespace(pid=os.getpid(), closed=False)
+    breaths: list[int] = []
+
+    def breathe() -> None:
+        breaths.append(1)
+        target.closed = len(breaths) == 20
+
+    monkeypatch.setattr(eligibility, "regions", lambda *_, **__: pytest.fail("its descriptors are others'"))
+    with pytest.raises(TargetGone):
+        tracking.begin(target, SimpleNamespace(), breathe, None)  # type: ignore[arg-type]
+    assert len(breaths) == 20

@@ -61,6 +61,40 @@ def test_records_are_asked_for_one_by_one_at_first(monkeypatch):
     assert min(map(len, records[:-1])) > mappings._SMAPS_BYTES
 
 
+def _record(low, high, rss=4):
+    flags = b"Rss: %d kB\nVmFlags: rd wr \n" % rss
+    return b"%08x-%08x rw-p 00000000 00:00 0 \n" % (low * PAGE, high * PAGE) + flags
+
+
+def test_a_mapping_that_grows_between_two_reads_is_told_once():
+    """The kernel goes on with the one that covers where it was, from that one's start."""
+    told = [(0, 2), (4, 8), (4, 12), (12, 14), (16, 20), (18, 24), (30, 32), (33, 34), (29, 40)]
+    found = mappings.parse_smaps(b"".join(_record(*each) for each in told))
+    got = [(entry.vma.start // PAGE, entry.vma.end // PAGE) for entry in found]
+    assert got == [(0, 2), (4, 12), (12, 14), (16, 18), (18, 24), (29, 40)]
+
+
+def test_mappings_of_a_process_that_grows_are_disjoint():
+    script = (
+        "import ctypes, mmap, os\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]\n"
+        "libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]\n"
+        "arenas = [libc.mmap(None, 64 << 20, 0, 0x4022, -1, 0) for _ in range(16)]\n"
+        "print(flush=True)\n"
+        "for size in range(1, 1 << 13):\n"
+        "    for arena in arenas:\n"
+        "        libc.mprotect(arena, size * 4096, 3)\n"
+    )
+    with subprocess.Popen([sys.executable, "-S", "-c", script], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        for _ in range(20):
+            found = [entry.vma for entry in mappings.smaps(child.pid, lambda: time.sleep(0.0002))]
+            assert all(one.end <= other.start for one, other in itertools.pairwise(found))
+        child.kill()
+
+
 @pytest.mark.parametrize(
     "name", ["with  two spaces", "new\nline", " (deleted)", "tail (deleted)", "back\\slash", "\udcff"]
 )
