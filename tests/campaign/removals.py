@@ -142,7 +142,7 @@ REMOVALS = (
     Removal(
         "what was said of merged memory is kept",
         "gpuksm/guard/target.py",
-        (("*self.advice.within(self.runs.stretches())", ""),),
+        (("*self.advice.within(merged)", ""),),
         "tests/safety/test_advice.py",
     ),
     Removal(
