@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from gpuksm.guard import adoption, headroom, restore
 from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.freeze import FreezeFailed
 from gpuksm.guard.sandbox import MUZZLED
-from gpuksm.guard.turns import take_turns
+from gpuksm.guard.turns import rest, take_turns
+from gpuksm.linux import census
 
 if TYPE_CHECKING:
     from gpuksm.guard.guard import Guard
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Unmerged = tuple[int, list[int], dict[str, str]]  # pages, pauses in microseconds, {pid: why not}
 _IDLE = 0.5  # times as long as one of several targets stood nobody does
+_END_SECONDS = 0.5
 _ROUNDS = 20  # of what is forked while its parent is unmerged, one that forks and forks
 
 
@@ -50,9 +53,22 @@ def unmerge(guard: Guard, pids: list[int] | None, max_pause_us: int) -> Unmerged
         count, more, others = _unmerge_each(guard, forked, max_pause_us)
         pages, pauses, failed = pages + count, pauses + more, failed | others
     failed |= {str(pid): "is just being taken over; try again" for pid in late if pids is None or pid in pids}
+    _await_agents(guard, chosen)
     guard.reclaimer.soon()
     guard.tick()
     return pages, pauses, failed
+
+
+def _await_agents(guard: Guard, chosen: Iterable[Target]) -> None:
+    """Until the agents of targets that were left have ended.
+
+    With each the kernel walks over all that was tracked, and whoever reads about the process meanwhile, as we
+    are about to, waits for that.
+    """
+    agents = [(target.pid, target.link.agent.tid) for target in chosen if target.closed]
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline and any(tid and census.thread_exists(pid, tid) for pid, tid in agents):
+        rest(0.001, guard.breathe)
 
 
 def _named(guard: Guard, pids: list[int]) -> list[Target]:

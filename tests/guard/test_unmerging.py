@@ -150,3 +150,27 @@ def test_what_lies_behind_a_hole_is_still_given_back(monkeypatch: pytest.MonkeyP
     restore.restore_piece(target, SimpleNamespace(), 0, 4 * PAGE_SIZE)  # type: ignore[arg-type]
     assert given_back == [(PAGE_SIZE, 4 * PAGE_SIZE)]
     assert list(runs) == [Run(PAGE_SIZE, 4 * PAGE_SIZE, 8)]
+
+
+def test_who_was_left_is_read_about_when_its_agent_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel walks over all that was tracked then; others are served meanwhile."""
+    left, asked, breaths = [3], [], []
+
+    def exists(pid: int, tid: int) -> bool:
+        asked.append((pid, tid))
+        left[0] -= 1
+        return left[0] >= 0
+
+    monkeypatch.setattr(unmerging.census, "thread_exists", exists)
+    guard: Any = SimpleNamespace(breathe=lambda: breaths.append(1))
+    numbers = ((1, 11, True), (2, 12, False), (3, 0, True))  # the last one had no agent
+    chosen: Any = [
+        SimpleNamespace(pid=pid, closed=closed, link=SimpleNamespace(agent=SimpleNamespace(tid=tid)))
+        for pid, tid, closed in numbers
+    ]
+    unmerging._await_agents(guard, chosen)
+    assert asked == [(1, 11)] * 4
+    assert len(breaths) >= 3
+    left[0] = 10**9  # one that does not end, under a debugger perhaps
+    monkeypatch.setattr(unmerging, "_END_SECONDS", 0.01)
+    unmerging._await_agents(guard, chosen)
