@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,29 +16,21 @@ import pytest
 from bench import kernel_ksm
 from bench.workload import Processes, Workload, build
 from tests import requirements_env
+from tests.support import one_ksm
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "versus_ksm.py"
 SMALL = ("--processes", "2", "--shared-mb", "4", "--own-mb", "4", "--repeats", "1", "--seconds", "0.2")
-NAMES = (*kernel_ksm.FULL_SPEED, "run")
-
-
-def _settings() -> dict[str, str]:
-    return {name: kernel_ksm.setting(name) for name in NAMES}
 
 
 @pytest.fixture
 def ksm() -> Iterator[None]:
     """A machine that can run the benchmark; afterwards KSM must be as it was."""
     requirements_env.need("root", "uffd", "gcc")
-    # There is one KSM for all that run tests side by side.
-    with open(SCRIPT) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_ksm.alone():
         reason = kernel_ksm.why_not()
         if reason:
             requirements_env.require("ksm", reason)
-        before = _settings()
         yield
-        assert _settings() == before
 
 
 def _start(*words: str) -> subprocess.Popen[str]:
