@@ -469,6 +469,24 @@ REMOVALS = (
         "tests/guard/test_children.py",
     ),
     Removal(
+        "slots that a ledger has are kept",
+        "gpuksm/guard/reclaim.py",
+        (("    pieces = list(held)\n", "    pieces: list[tuple[int, int]] = []\n"),),
+        "tests/guard/test_reclaim.py",
+    ),
+    Removal(
+        "a mapping that has grown is told once",
+        "gpuksm/linux/mappings.py",
+        (("        _cut_off(result, vma.start)\n", ""),),
+        "tests/linux/test_procfs.py",
+    ),
+    Removal(
+        "what is told of a place to which merged memory has moved",
+        "gpuksm/guard/target.py",
+        (("*outside(told, merged)", "*told"),),
+        "tests/guard/test_advice.py",
+    ),
+    Removal(
         "what is said while slots are freed",
         "gpuksm/guard/reclaim.py",
         (
