@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.workload import build
+from bench.workload import Answering, build
 from gpuksm.client import GuardClient
 
 SOURCE = Path(__file__).parent / "workloads" / "scattered.c"
@@ -43,37 +43,15 @@ _COLUMNS = (
 )
 
 
-class Watched:
-    """A process of the workload."""
+class Watched(Answering):
+    """A process of the workload, ready."""
 
     def __init__(self, program: Path, pages: int, step: int) -> None:
-        pipe = subprocess.PIPE
-        command = [str(program), str(pages), str(step)]
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self._answer()
-
-    def ask(self, word: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if not line or line == "CORRUPT":
-            raise SystemExit("a byte is wrong" if line else "a process has ended")
-        return line
-
-    def ms(self, word: str) -> float:
-        return int(self.ask(word)) / 1000
+        super().__init__(program, pages, step)
+        self.answer()
 
     def mappings(self) -> int:
         return Path(f"/proc/{self.process.pid}/maps").read_bytes().count(b"\n")
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def _timed(*arguments: str) -> float:
@@ -114,18 +92,18 @@ def trial(program: Path, pages: int) -> list[float]:
     both = [Watched(program, pages, step) for step in STEPS]
     one = both[1]
     try:
-        fork = one.ms("fork")
+        [fork] = one.ms("fork")
         one.ask("gap")
         scan = _timed("scan", *(part for each in both for part in ("--pid", str(each.process.pid))))
-        still = one.ms("gap")
+        [still] = one.ms("gap")
         guard, mappings = _guard_pid(), one.mappings()
-        memory, merged_fork = _peak_mib(guard), one.ms("fork")
+        memory, [merged_fork] = _peak_mib(guard), one.ms("fork")
         one.ask("gap")
         os.kill(guard, signal.SIGKILL)
         _await_takeover(guard, {each.process.pid for each in both})
-        takeover = one.ms("gap")
+        [takeover] = one.ms("gap")
         unmerge = _timed("unmerge", "--all")
-        given_back = one.ms("gap")
+        [given_back] = one.ms("gap")
         for each in both:
             each.ask("check")
         return [pages, mappings, scan, still, memory, fork, merged_fork, takeover, unmerge, given_back]

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import kernel_ksm
-from bench.workload import build
+from bench.workload import Answering, build
 from gpuksm.client import GuardClient
 
 WORKLOADS = Path(__file__).parent / "workloads"
@@ -37,44 +37,14 @@ _KSM_LIMIT_SECONDS = 120
 _COLUMNS = ("MiB each", "while", "mapping", "not running", "bystander's fork", "its discard")
 
 
-class Process:
-    """One of a workload."""
-
-    def __init__(self, program: Path, *arguments: object) -> None:
-        pipe = subprocess.PIPE
-        command = [str(program), *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-    def ask(self, word: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if not line or line == "CORRUPT":
-            raise SystemExit("a byte is wrong" if line else "a process has ended")
-        return line
-
-    def gaps(self) -> list[float]:
-        """The longest times since the last call, in milliseconds."""
-        return [int(word) / 1000 for word in self.ask("gap").split()]
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 class Scene:
     """Two large processes and two bystanders."""
 
     def __init__(self, folder: Path, mib: int, *, mergeable: bool) -> None:
         mapper, bystander = (build(folder, WORKLOADS / f"{name}.c") for name in ("mapper", "bystander"))
         self.mib = mib
-        self.large = [Process(mapper, mib, seed, int(mergeable)) for seed in (1, 2)]
-        self.bystanders = [Process(bystander, int(mergeable)) for _ in range(2)]
+        self.large = [Answering(mapper, mib, seed, int(mergeable)) for seed in (1, 2)]
+        self.bystanders = [Answering(bystander, int(mergeable)) for _ in range(2)]
         self.everybody = [*self.large, *self.bystanders]
 
     def begin(self) -> None:
@@ -86,9 +56,9 @@ class Scene:
         """Print the longest times while the block runs."""
         watched = (*self.large, self.bystanders[0])
         for each in watched:
-            each.gaps()
+            each.ms("gap")
         yield
-        first, second, bystander = (each.gaps() for each in watched)
+        first, second, bystander = (each.ms("gap") for each in watched)
         times = (*map(max, first, second), *bystander)
         print(f"| {self.mib} | {what} | {' | '.join(f'{took:.1f}' for took in times)} |", flush=True)
 
@@ -108,7 +78,7 @@ class Scene:
                 each.end()
 
 
-def _pids(processes: list[Process]) -> list[str]:
+def _pids(processes: list[Answering]) -> list[str]:
     return [word for each in processes for word in ("--pid", str(each.process.pid))]
 
 
@@ -179,7 +149,7 @@ def main(words: list[str] | None = None) -> int:
                 os.environ["GPUKSM_RUNTIME_DIR"] = str(runtime)
                 gpuksm(Path(folder), mib, options.seconds)
                 with GuardClient.connect(start=False) as guard:
-                    guard.request("shutdown", force=True)
+                    guard.request("shutdown", force=False)
                 if full_speed is not None:
                     ksm(Path(folder), mib, full_speed)
     finally:

@@ -55,6 +55,39 @@ def build(folder: Path, source: Path = SOURCE) -> Path:
     return program
 
 
+class Answering:
+    """A process of a workload that answers each word it is sent with a line, READY first."""
+
+    def __init__(self, program: Path, *arguments: object) -> None:
+        pipe = subprocess.PIPE
+        command = [str(program), *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, word: str) -> str:
+        """Send a word; the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> str:
+        """The next line; SystemExit where it says that a byte is wrong, and where there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line or line == "CORRUPT":
+            raise SystemExit("a byte is wrong" if line else "a process has ended")
+        return line
+
+    def ms(self, word: str) -> list[float]:
+        """The answer to a word, which is microseconds."""
+        return [int(number) / 1000 for number in self.ask(word).split()]
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+
+
 class Running:
     """Processes that a benchmark has started; killed when left."""
 

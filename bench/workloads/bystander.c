@@ -4,21 +4,20 @@
  *   bystander MERGEABLE
  *
  * All of it is one mapping, MADV_MERGEABLE if MERGEABLE is 1.  Prints READY.  After the word `begin` one thread
- * forks a child that ends at once, another has the next page of the second half discarded (MADV_DONTNEED), a thousand
- * times a second each.  For each word on stdin one line comes: `gap`, the longest time since the last `gap` that a
+ * forks a child that ends at once, another has the next page of the second half discarded (MADV_DONTNEED), five
+ * hundred times a second each.  For each word on stdin one line comes: `gap`, the longest time since the last `gap` that a
  * fork and a discard took, in microseconds; `check`, OK, or CORRUPT where a byte is wrong, discarded pages being zeros.
  */
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096
+#include "common.h"
+
 #define PAGES 8192
 #define PAUSE_US 2000
 
@@ -26,20 +25,6 @@ static _Atomic long fork_us, discard_us;
 static int discarded;
 static pthread_mutex_t checking = PTHREAD_MUTEX_INITIALIZER;
 static char *memory;
-
-static double now_us(void)
-{
-	struct timespec time;
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1e6 + time.tv_nsec / 1e3;
-}
-
-static void note(_Atomic long *longest, double began)
-{
-	double took = now_us() - began;
-	if (took > *longest)
-		*longest = took;
-}
 
 static void *keep_forking(void *argument)
 {
@@ -72,13 +57,12 @@ static void *keep_discarding(void *argument)
 
 static int is_wrong(void)
 {
-	for (int page = 0; page < PAGES; page++)
-		for (int word = 0; word < PAGE / 8; word++) {
-			uint64_t found = ((uint64_t *)(memory + (size_t)page * PAGE))[word];
-			uint64_t wanted = (page + 1) * 0x9E3779B97F4A7C15 + word;
-			if (found != (page < PAGES - discarded ? wanted : 0))
-				return 1;
-		}
+	static uint64_t zeros[PAGE / 8], expected[PAGE / 8];
+	for (int page = 0; page < PAGES; page++) {
+		write_page(expected, page);
+		if (memcmp(memory + page * PAGE, page < PAGES - discarded ? expected : zeros, PAGE))
+			return 1;
+	}
 	return 0;
 }
 
@@ -91,8 +75,7 @@ int main(int argc, char **argv)
 	    (*argv[1] == '1' && madvise(memory, PAGES * PAGE, MADV_MERGEABLE)))
 		return 1;
 	for (int page = 0; page < PAGES; page++)
-		for (int word = 0; word < PAGE / 8; word++)
-			((uint64_t *)(memory + (size_t)page * PAGE))[word] = (page + 1) * 0x9E3779B97F4A7C15 + word;
+		write_page((uint64_t *)(memory + page * PAGE), page);
 	puts("READY");
 	fflush(stdout);
 	char word[16];

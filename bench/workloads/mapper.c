@@ -10,32 +10,17 @@
  * where a byte is wrong.
  */
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096
+#include "common.h"
+
 #define PAUSE_US 200
 
 static _Atomic long mapping_us, still_us;
-
-static double now_us(void)
-{
-	struct timespec time;
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1e6 + time.tv_nsec / 1e3;
-}
-
-static void note(_Atomic long *longest, double began)
-{
-	double took = now_us() - began;
-	if (took > *longest)
-		*longest = took;
-}
 
 static char *map(size_t size)
 {
@@ -66,12 +51,6 @@ static void *watch(void *argument)
 		note(&still_us, began + PAUSE_US);
 	}
 	return argument;
-}
-
-static void write_page(uint64_t *page, uint64_t key)
-{
-	for (int word = 0; word < PAGE / 8; word++)
-		page[word] = (key + 1) * 0x9E3779B97F4A7C15 + word;
 }
 
 int main(int argc, char **argv)

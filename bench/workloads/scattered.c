@@ -9,25 +9,16 @@
  * microseconds, the child living for 0.2 s; `check`, OK, or CORRUPT where a byte is wrong.
  */
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096
+#include "common.h"
 
 static _Atomic long longest_us;
-
-static double now_us(void)
-{
-	struct timespec time;
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1e6 + time.tv_nsec / 1e3;
-}
 
 static void *watch(void *argument)
 {
@@ -40,12 +31,6 @@ static void *watch(void *argument)
 		last = now;
 	}
 	return argument;
-}
-
-static void write_page(uint64_t *page, uint64_t key)
-{
-	for (int word = 0; word < PAGE / 8; word++)
-		page[word] = (key + 1) * 0x9E3779B97F4A7C15 + word;
 }
 
 static double fork_us(void)

@@ -14,11 +14,19 @@ import pytest
 
 from gpuksm.guard import restore, unmerging
 from gpuksm.guard.advice import Advice
+from gpuksm.guard.agent import AgentStuck
 from gpuksm.guard.commit import Committer
 from gpuksm.guard.pace import Pace
 from gpuksm.guard.runs import Run, Runs
 from gpuksm.linux import mappings
 from gpuksm.linux._libc import PAGE_SIZE
+
+
+def _target(number: int) -> Any:
+    """One in which nothing is merged."""
+    agent = SimpleNamespace(muzzled=lambda: False)
+    link = SimpleNamespace(agent=agent)
+    return SimpleNamespace(id=number, pid=number, runs=Runs(), placeholders=set(), link=link, parked=None)
 
 
 def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
@@ -39,18 +47,7 @@ def test_a_target_runs_for_as_long_as_it_stood_while_it_is_others_turn(
         stood[target.id].append((began, time.monotonic()))
 
     monkeypatch.setattr(restore, "restore_piece", piece)
-    agent = SimpleNamespace(muzzled=lambda: False)
-    targets: Any = [
-        SimpleNamespace(
-            id=number,
-            pid=number,
-            runs=Runs(),
-            placeholders=set(),
-            regions=[],
-            link=SimpleNamespace(agent=agent),
-        )
-        for number in stood
-    ]
+    targets = [_target(number) for number in stood]
     for target, count in zip(targets, (400, 200), strict=True):
         target.runs.add(Run(0, count * PAGE_SIZE, 7))
     guard: Any = SimpleNamespace(
@@ -87,18 +84,7 @@ def test_what_becomes_of_one_is_nothing_to_the_others(
 
     dropped: list[int] = []
     monkeypatch.setattr(restore, "restore_piece", piece)
-    agent = SimpleNamespace(muzzled=lambda: False)
-    targets: Any = [
-        SimpleNamespace(
-            id=number,
-            pid=number,
-            runs=Runs(),
-            placeholders=set(),
-            regions=[],
-            link=SimpleNamespace(agent=agent),
-        )
-        for number in (1, 2)
-    ]
+    targets = [_target(number) for number in (1, 2)]
     for target in targets:
         target.runs.add(Run(0, 40 * PAGE_SIZE, 7))
     guard: Any = SimpleNamespace(
@@ -174,3 +160,22 @@ def test_who_was_left_is_read_about_when_its_agent_has_ended(monkeypatch: pytest
     left[0] = 10**9  # one that does not end, under a debugger perhaps
     monkeypatch.setattr(unmerging, "_END_SECONDS", 0.01)
     unmerging._await_agents(guard, chosen)
+
+
+def test_who_cannot_go_on_yet_is_not_left() -> None:
+    """Nobody would let its threads go on, before the guard ends."""
+    targets = {number: _target(number) for number in (1, 2, 3, 4)}
+    targets[2].runs.add(Run(0, PAGE_SIZE, 7))
+    targets[3].parked = "a freeze"
+    left: list[int] = []
+
+    @contextlib.contextmanager
+    def frozen(target: Any) -> Iterator[None]:
+        if target.id == 4:
+            target.parked = "another"
+            raise AgentStuck
+        yield
+
+    guard: Any = SimpleNamespace(targets=targets, frozen=frozen, drop=lambda target: left.append(target.id))
+    unmerging.leave_idle(guard)
+    assert left == [1]
