@@ -1,5 +1,25 @@
 """`python -m gpuksm` is `gpuksm`."""
 
-from gpuksm.cli import run
+from __future__ import annotations
 
-run()
+import sys
+from typing import NoReturn
+
+# They start a guard, most likely, and have much to load before they ask it something.
+_WITH_A_GUARD = ("scan", "daemon")
+_WITHOUT = {"--dry-run", "--help", "-h"}
+
+
+def main() -> NoReturn:
+    """The command `gpuksm`."""
+    if sys.argv[1:2] in [[verb] for verb in _WITH_A_GUARD] and not _WITHOUT.intersection(sys.argv):
+        from gpuksm import client
+
+        client.start_ahead()
+    from gpuksm.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,40 +16,19 @@ import fcntl
 import os
 import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gpuksm import errors, wire
+from gpuksm import errors, starting, wire
 from gpuksm.linux.descriptors import await_readable
 
 _TRIES, _RETRY_SECONDS = 4, 0.1  # to start a process
 START_SECONDS = 60.0  # where all processors are busy; one that has failed is noticed at once
 # Unmerging a full node is one request; anything longer than this is a hang.
 REPLY_SECONDS = 600.0
-
-# The package may live outside of the isolated interpreter's path (a checkout):
-# then it is appended, and handed on to the guard that the keeper starts.  The
-# first fork lets the keeper be nobody's child; its pid is all that is printed.
-_BOOTSTRAP = """\
-import os, sys
-child = os.fork()
-if child:
-    os.write(1, str(child).encode())
-    os._exit(0)
-os.dup2(2, 1)
-import runpy
-root = sys.argv.pop(1)
-os.environ["PYTHONSAFEPATH"] = "1"
-if root not in sys.path:
-    sys.path.append(root)
-    os.environ["PYTHONPATH"] = root
-runpy.run_module("gpuksm.guard.keeper", run_name="__main__", alter_sys=True)
-"""
 
 
 def runtime_dir() -> Path:
@@ -74,6 +53,15 @@ def ensure_runtime_dir(folder: Path) -> None:
     except OSError as error:
         raise errors.GuardError(f"cannot create {folder}: {error.strerror}") from None
     check_runtime_dir(folder)
+
+
+def start_ahead() -> None:
+    """Have a process ready that becomes keeper and guard, unless there seems to be a guard.
+
+    For a command that will want one and has to load much before; what it costs is lost when it wants none.
+    """
+    if not (runtime_dir() / "guard.sock").exists():
+        starting.ahead()
 
 
 def check_runtime_dir(folder: Path) -> None:
@@ -178,7 +166,12 @@ class GuardClient:
             raise errors.GuardError(f"lost the guard: {error}; run the command again") from None
 
     def close(self) -> None:
-        """Close the connection; the guard drops the scan lock it may have held."""
+        """Close the connection; the guard drops the scan lock it may have held.
+
+        A thread that waits for an answer gets an error.
+        """
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
     def __enter__(self) -> Self:
@@ -285,23 +278,15 @@ def _persistently(start: Callable[[], int | None]) -> int | None:
 
 def _spawn_keeper(folder: Path, log: Path) -> int | None:
     """Start the keeper detached; a pidfd of it, or None when it is already gone."""
-    root = str(Path(__file__).resolve().parent.parent)
-    with open(_own_file(log, os.O_WRONLY | os.O_APPEND), "wb") as output:
-        started = subprocess.run(
-            [sys.executable, "-I", "-c", _BOOTSTRAP, root, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            cwd="/",
-            start_new_session=True,
-            check=False,
-        )
-    if not started.stdout:
-        return None
+    output = _own_file(log, os.O_WRONLY | os.O_APPEND)
     try:
-        return os.pidfd_open(int(started.stdout))
+        os.truncate(output, 0)
+        keeper = starting.spawn(folder, output)
+        return None if keeper is None else os.pidfd_open(keeper)
     except ProcessLookupError:
         return None
+    finally:
+        os.close(output)
 
 
 def _last_line(log: Path) -> str:

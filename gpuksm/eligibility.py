@@ -73,6 +73,9 @@ def is_own(pid: int) -> bool:
     modules = [name for flag, name in itertools.pairwise(arguments[:5]) if flag == "-m"]
     if any(name in ("gpuksm", "gpuksm.cli") or name.startswith("gpuksm.guard") for name in modules):
         return True
+    # What becomes a keeper (starting.py).
+    if any(flag == "-c" and name.startswith("# gpuksm") for flag, name in itertools.pairwise(arguments[:5])):
+        return True
     return any(os.path.basename(word) == "gpuksm" or word.startswith("gpuksm ") for word in arguments[:2])
 
 

@@ -29,7 +29,8 @@ RULES: list[tuple[str, set[str], set[str]]] = [
     ("gpuksm.writers", {"linux", "errors"}, set()),
     ("gpuksm.eligibility", {"linux", "writers", "errors"}, set()),
     ("gpuksm.guard", {"", "guard", "knobs", "linux", "wire", "eligibility", "writers", "errors"}, set()),
-    ("gpuksm.client", {"", "wire", "errors", "linux"}, set()),
+    ("gpuksm.starting", set(), set()),
+    ("gpuksm.client", {"", "starting", "wire", "errors", "linux"}, set()),
     ("gpuksm.api", {"", "client", "errors", "linux"}, set()),
     ("gpuksm.targets", {"", "client", "eligibility", "writers", "errors", "linux", "scan"}, {"psutil"}),
     (
@@ -63,7 +64,7 @@ RULES: list[tuple[str, set[str], set[str]]] = [
         },
         {"click", "rich"},
     ),
-    ("gpuksm.__main__", {"cli"}, set()),
+    ("gpuksm.__main__", {"", "cli", "client"}, set()),
     ("gpuksm", {"api"}, set()),
 ]
 MAY_USE_CTYPES = ("gpuksm.linux", "gpuksm.hashing.gpus")

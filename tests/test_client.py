@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,19 +17,23 @@ from typing import Any
 
 import pytest
 
-from gpuksm import client, errors
+from gpuksm import client, eligibility, errors, starting, writers
 from gpuksm.client import GuardClient
 from gpuksm.linux import procfs
+from tests.support import processes
 from tests.wire_server import Answer, listening
 
 Serve = Callable[[Answer], None]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     runtime = tmp_path / "run"
     monkeypatch.setenv("GPUKSM_RUNTIME_DIR", str(runtime))
-    return runtime
+    yield runtime
+    if starting._ahead is not None:
+        starting._ahead.end()
+        starting._ahead = None
 
 
 @pytest.fixture
@@ -234,10 +240,107 @@ def test_the_guard_is_detached_from_everything(real: Path) -> None:
     assert procfs.stat(keeper).ppid != os.getpid()
 
 
-def test_a_guard_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_BOOTSTRAP", client._BOOTSTRAP.replace("gpuksm.guard.keeper", "gpuksm.gone"))
-    with pytest.raises(errors.GuardError, match=r"did not start: .*No module named gpuksm\.gone"):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_guard_that_cannot_start_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    broken = starting._BOOTSTRAP.replace("from gpuksm.guard import", "from gpuksm.gone import")
+    monkeypatch.setattr(starting, "_BOOTSTRAP", broken)
+    if ahead:
+        client.start_ahead()
+    with pytest.raises(errors.GuardError, match=r"did not start: .*No module named .gpuksm\.gone"):
         GuardClient.connect(start=True)
+
+
+def _early() -> int:
+    assert starting._ahead is not None
+    return starting._ahead._process.pid
+
+
+def test_what_was_started_ahead_becomes_the_keeper(real: Path) -> None:
+    client.start_ahead()
+    early = _early()
+    client.start_ahead()
+    assert _early() == early, "one is enough"
+    assert "gpuksm itself" in str(eligibility.process_reason(early, named=True, allowed=writers.Allowed()))
+    with GuardClient.connect(start=True) as guard:
+        pid = guard.request("hello")[0]["pid"]
+        assert procfs.stat(procfs.stat(pid).ppid).comm == "gpuksm keeper"
+    assert starting._ahead is None
+    assert not processes.alive(early)
+    client.start_ahead()
+    assert starting._ahead is None, "there is a guard"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_started_ahead_and_is_not_wanted_ends_and_leaves_nothing(
+    folder: Path, tmp_path: Path, killed: bool
+) -> None:
+    code = (
+        "import os, time; from gpuksm import client, starting\n"
+        "client.start_ahead()\n"
+        "print(starting._ahead._process.pid, flush=True)\n" + ("time.sleep(100)" if killed else "")
+    )
+    asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert asking.stdout is not None
+    early = int(asking.stdout.readline())
+    if killed:
+        asking.kill()
+    asking.wait(10)
+    asking.stdout.close()
+    deadline = time.monotonic() + 10
+    while processes.alive(early) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not processes.alive(early)
+    assert not folder.exists()
+
+
+def test_a_successor_needs_no_file_of_the_package(real: Path, tmp_path: Path) -> None:
+    """It may lie on a file server that hangs, or be replaced, while processes wait for a guard."""
+    package = tmp_path / "installed" / "gpuksm"
+    shutil.copytree(Path(client.__file__).parent, package)
+    code = (
+        f"import sys; sys.path.insert(0, {str(package.parent)!r}); from gpuksm.client import GuardClient\n"
+        "with GuardClient.connect(start=True) as guard: print(guard.request('hello')[0]['pid'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    first = int(done.stdout)
+    shutil.rmtree(package)
+    os.kill(first, signal.SIGKILL)
+    with GuardClient.connect(start=False) as guard:
+        assert guard.request("hello")[0]["pid"] != first
+
+
+def test_one_that_was_killed_before_its_word_is_replaced(real: Path) -> None:
+    client.start_ahead()
+    os.kill(_early(), signal.SIGKILL)
+    with GuardClient.connect(start=True) as guard:
+        assert guard.request("hello")[0]["merged_pages"] == 0
+
+
+def test_a_thread_that_waits_for_an_answer_ends_with_the_connection(serve: Serve) -> None:
+    release, failed = threading.Event(), list[Exception]()
+
+    def answer(_message: dict[str, Any], _payload: bytearray) -> None:
+        release.wait(5)
+
+    def ask() -> None:
+        try:
+            guard.request("attach")
+        except errors.GuardError as error:
+            failed.append(error)
+
+    serve(answer)
+    guard = GuardClient.connect(start=False)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.05)
+    guard.close()
+    asking.join(2)
+    assert failed
+    release.set()
 
 
 def test_a_process_that_cannot_be_started_now_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,12 @@ _ACTION = _words[0] if _words else "kill"
 _seen = 0
 
 
+def disarm() -> None:
+    """No point does anything any more, in this process and those that it forks."""
+    global _POINT
+    _POINT = ""
+
+
 def point(name: str) -> None:
     """Do what GPUKSM_FAULT asks for when this is its point and its turn."""
     if name == _POINT:

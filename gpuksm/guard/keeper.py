@@ -1,11 +1,19 @@
 """The keeper: holds duplicates of the guard's descriptors and starts a successor when it dies.
 
-A process of a few lines, so that nothing in it can fail.  It holds every
+A process that does little, so that nothing in it can fail.  It holds every
 userfaultfd (events wait as long as somebody does), the store, the ledger's memfds, the
 attic and the listening socket; never an agent's socket, on whose closing the agents rely.
 
-Run as `python -m gpuksm.guard.keeper RUNTIME_DIR`, detached, by the client; or, when
-the keeper before it has died, by the guard (keeping.py), with all that it has to hold
+A guard is a fork of it.  All modules of the guard are loaded before there is need of one, so that a
+successor is there within a millisecond or two, with no file to read: targets wait for it, and the package
+may lie on a file server that hangs, or have been replaced meanwhile.  What the fork has of the keeper's own,
+the lock and the other end of the link, it closes first.
+
+If we die between the fork and that: the lock is held for a moment longer; the guard finds the link closed
+and starts another keeper, which tries again if it comes too early.
+
+Started by the client (starting.py), detached; or, when the keeper before it has died, by the guard
+(keeping.py), as `python -m gpuksm.guard.keeper RUNTIME_DIR`, with all that it has to hold
 and `link` and `guard`, a pidfd, in GPUKSM_INHERIT.
 """
 
@@ -13,15 +21,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
+import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
-from gpuksm.guard import attic
+from gpuksm.guard import arch, attic, faults
 from gpuksm.linux import process, uffd
 from gpuksm.linux.descriptors import await_readable
 
@@ -29,6 +41,9 @@ END = "end"  # the guard's word that it ends on purpose
 FORK = "fork "  # and, with two tags, that an event is to be read in its place
 NOTHING = b"-"
 TAG_BYTES = 64
+_GUARD = "gpuksm.guard.life"  # which imports this module
+# One that was started by a guard loads that when it was asked nothing for so long: forks wait for its answer.
+_QUIET_SECONDS = 0.1
 # A process that dies at once again and again must not take the processor with it.
 _SHORT_LIFE_SECONDS = 0.5
 _FIRST_DELAY_SECONDS, _LAST_DELAY_SECONDS = 0.01, 2.0
@@ -49,8 +64,8 @@ class Patience:
         """It has died; the seconds to wait."""
         if time.monotonic() - self._started > _SHORT_LIFE_SECONDS:
             self._delay = _FIRST_DELAY_SECONDS
-        else:
-            self._delay = min(_LAST_DELAY_SECONDS, self._delay * 2)
+            return 0.0
+        self._delay = min(_LAST_DELAY_SECONDS, self._delay * 2)
         return self._delay
 
 
@@ -63,11 +78,24 @@ def inherited() -> dict[str, int]:
     return found
 
 
-def start(module: str, folder: Path, fds: dict[str, int]) -> subprocess.Popen[bytes]:
-    """`python -m MODULE FOLDER` with descriptors to inherit."""
+def start(folder: Path, fds: dict[str, int]) -> subprocess.Popen[bytes]:
+    """Another keeper, with descriptors to inherit."""
     environment = {**os.environ, "GPUKSM_INHERIT": ",".join(f"{tag}={fd}" for tag, fd in fds.items())}
-    command = [sys.executable, "-m", module, str(folder)]
+    command = [sys.executable, "-m", "gpuksm.guard.keeper", str(folder)]
     return subprocess.Popen(command, pass_fds=list(fds.values()), env=environment, cwd="/")
+
+
+def load() -> bool:
+    """Load what a guard is, so that none that is started has anything to load; False: it cannot be now.
+
+    Then each guard tries by itself, and is started again when it fails.
+    """
+    with contextlib.suppress(Exception):
+        importlib.import_module(_GUARD)
+        arch.current()
+        gc.freeze()  # what a collection writes to is no longer shared with the guard
+        return True
+    return False
 
 
 def _listen(folder: Path) -> socket.socket:
@@ -84,13 +112,35 @@ def _start_guard(folder: Path, kept: dict[str, int]) -> tuple[int, socket.socket
     """A guard that takes over what is kept: a pidfd of it, and our end of the link."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        guard = start("gpuksm.guard", folder, {**kept, "keeper": theirs.fileno()})
+        try:
+            guard = os.fork()
+        except OSError:
+            ours.close()
+            raise
+        if not guard:
+            _become_guard(folder, {**kept, "keeper": theirs.fileno()})
     try:
-        return os.pidfd_open(guard.pid), ours
+        return os.pidfd_open(guard), ours
     except OSError:
-        guard.kill()
-        guard.wait()
+        ours.close()
+        os.kill(guard, signal.SIGKILL)
+        os.waitpid(guard, 0)
         raise
+
+
+def _become_guard(folder: Path, inherited: dict[str, int]) -> NoReturn:
+    """In the fork: be a guard and nothing of a keeper's."""
+    try:
+        process.set_title("gpuksm guard")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        kept = {0, 1, 2, *inherited.values()}
+        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
+            with contextlib.suppress(OSError):  # the folder's own, which is closed by now
+                os.close(fd)
+        importlib.import_module(_GUARD).run(folder, inherited)
+    except BaseException:
+        traceback.print_exc()  # into guard.log
+    os._exit(1)
 
 
 def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience) -> tuple[int, socket.socket]:
@@ -115,7 +165,11 @@ def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience)
 
 def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
     """Take and let go descriptors as the guard says, until it is gone; whether it said that it ends."""
+    loaded = _GUARD in sys.modules
     while True:
+        if not loaded and not await_readable([link.fileno()], _QUIET_SECONDS):
+            load()
+            loaded = True
         try:
             data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
         except ConnectionResetError:
@@ -173,6 +227,12 @@ def _come_first() -> None:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
+def _disarm() -> None:
+    """A fault is injected once, not into the successor."""
+    os.environ.pop("GPUKSM_FAULT", None)
+    faults.disarm()
+
+
 def main() -> None:
     """Keep a guard running until it ends by itself."""
     folder = Path(sys.argv[1])
@@ -199,11 +259,12 @@ def main() -> None:
         _await_end(guard)
         if on_purpose:
             break
-        os.environ.pop("GPUKSM_FAULT", None)  # a fault is injected once, not into the successor
+        _disarm()
         time.sleep(patience.died())
         guard, link = _start_guard_at_last(folder, kept, patience)
     (folder / "guard.sock").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    main()
+    # As the module that the guard's import too, not a second time as another.
+    importlib.import_module("gpuksm.guard.keeper").main()

@@ -136,7 +136,7 @@ class Keeping:
         guard = os.pidfd_open(os.getpid())
         fds = {**self.held, "link": theirs.fileno(), "guard": guard}
         try:
-            self._child = keeper.start("gpuksm.guard.keeper", self._folder, fds)
+            self._child = keeper.start(self._folder, fds)
             self._link, self._process = ours, os.pidfd_open(self._child.pid)
         except OSError:
             ours.close()

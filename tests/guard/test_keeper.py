@@ -1,4 +1,4 @@
-"""The keeper goes on trying where the kernel starts no process just then."""
+"""The keeper: how a guard is made of it, also where the kernel starts no process just then."""
 
 from __future__ import annotations
 
@@ -8,37 +8,100 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import NoReturn
 
 import pytest
 
-from gpuksm.guard import keeper
+from gpuksm.guard import keeper, life
+from gpuksm.linux import procfs
 
 
 def test_a_guard_that_cannot_be_started_now_is_started_later(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tries: list[int] = []
+    fork = os.fork
 
-    def start(module: str, folder: Path, fds: dict[str, int]) -> Any:
-        assert fds.keys() == {"store", "keeper"}
-        tries.append(fds["keeper"])
+    def start() -> int:
+        tries.append(1)
         if len(tries) < 6:
             kinds = errno.EAGAIN, errno.ENOMEM, errno.ENOMEM, errno.ENOMEM, errno.EFAULT
             raise OSError(kinds[len(tries) - 1], "no process")
-        return SimpleNamespace(pid=os.getpid())
+        return fork()
 
-    monkeypatch.setattr(keeper, "start", start)
+    def become(folder: Path, inherited: dict[str, int]) -> NoReturn:
+        os._exit(0 if inherited.keys() == {"store", "keeper"} else 1)
+
+    monkeypatch.setattr(keeper.os, "fork", start)
+    monkeypatch.setattr(keeper, "_become_guard", become)
     before = len(os.listdir("/proc/self/fd"))
     guard, link = keeper._start_guard_at_last(tmp_path, {"store": 0}, keeper.Patience())
     assert isinstance(link, socket.socket)
     assert len(tries) == 6
     assert capfd.readouterr().err.count("cannot start a guard") == 3, "each reason once"
+    ended = os.waitid(os.P_PIDFD, guard, os.WEXITED)
+    assert ended is not None
+    assert ended.si_status == 0
     link.close()
     os.close(guard)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_fork_that_becomes_a_guard_has_nothing_of_the_keepers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen, writing = os.pipe()
+    lock = os.open(tmp_path / "keeper.lock", os.O_RDWR | os.O_CREAT)
+    kept = os.open(os.devnull, os.O_RDONLY)
+
+    def run(_folder: Path, inherited: dict[str, int]) -> NoReturn:
+        has = {os.readlink(f"/proc/self/fd/{fd}") for fd in inherited.values()}
+        told = f"{sorted(inherited)} {os.devnull in has}"
+        told += f" {signal.getsignal(signal.SIGTERM) == signal.SIG_DFL} {procfs.stat(os.getpid()).comm}"
+        told += f" {any(str(tmp_path) in link for link in procfs.fd_targets(os.getpid()).values())}"
+        os.write(inherited["told"], told.encode())
+        os._exit(7)
+
+    monkeypatch.setattr(life, "run", run)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        guard, link = keeper._start_guard(tmp_path, {"store": kept, "told": writing})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with link:
+        os.close(writing)
+        told = os.read(seen, 1000).decode()
+        ended = os.waitid(os.P_PIDFD, guard, os.WEXITED)
+    assert told == "['keeper', 'store', 'told'] True True gpuksm guard False"
+    assert ended is not None
+    assert ended.si_status == 7
+    for fd in (seen, lock, kept, guard):
+        os.close(fd)
+
+
+def test_a_keeper_loads_what_a_guard_is_once_it_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a guard has started; until then forks come first, which wait for its answers."""
+    monkeypatch.delitem(sys.modules, "gpuksm.guard.life")
+    loaded: list[float] = []
+    monkeypatch.setattr(keeper, "load", lambda: loaded.append(time.monotonic()))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    began, kept = time.monotonic(), dict[str, int]()
+    holding = threading.Thread(target=lambda: loaded.append(keeper._hold(theirs, kept)))
+    holding.start()
+    while time.monotonic() < began + 3 * keeper._QUIET_SECONDS:
+        ours.send(b"event:1".ljust(keeper.TAG_BYTES))
+        time.sleep(keeper._QUIET_SECONDS / 10)
+    assert loaded == []
+    time.sleep(3 * keeper._QUIET_SECONDS)
+    assert len(loaded) == 1
+    ours.send(keeper.END.encode().ljust(keeper.TAG_BYTES))
+    holding.join(10)
+    assert loaded[1:] == [True]
+    ours.close()
+    theirs.close()
 
 
 _TRYING = """
@@ -46,10 +109,10 @@ import signal, sys
 from pathlib import Path
 from gpuksm.guard import keeper
 signal.signal(signal.SIGTERM, lambda *_: None)  # as while a guard runs
-def start(*_):
+def fork():
     print("tries", flush=True)
     raise OSError(11, "no process")
-keeper.start = start
+keeper.os.fork = fork
 keeper._start_guard_at_last(Path("/"), dict.fromkeys(sys.argv[1:], 0), keeper.Patience())
 """
 

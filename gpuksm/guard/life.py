@@ -1,8 +1,7 @@
-"""`python -m gpuksm.guard RUNTIME_DIR`: a guard process, started by the keeper with descriptors to inherit.
+"""A guard from its start to its end: a fork of the keeper, with the descriptors that it holds.
 
-GPUKSM_INHERIT is "tag=fd,..." with at least `listener` and `keeper`; a successor
-also gets `store`, `ledger`, `private`, the attic and the userfaultfds of every target.  A first guard
-looks for what agents have of these.
+At least `listener` and `keeper`, the link to it, are inherited; a successor also gets `store`, `ledger`,
+`private`, the attic and the userfaultfds of every target.  A first guard looks for what agents have of these.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import gc
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
+from typing import NoReturn
 
-from gpuksm.guard import attic, keeper, recovery, waiting
+from gpuksm.guard import attic, recovery, waiting
 from gpuksm.guard.guard import Guard
 from gpuksm.guard.journal import BORN, HOME, Journal
 from gpuksm.guard.keeping import Keeping
@@ -68,14 +67,12 @@ def _guard(folder: Path, keeping: Keeping, inherited: dict[str, int]) -> Guard:
     return guard
 
 
-def main() -> None:
-    """Run until there is no reason left, and tell the keeper so."""
+def run(folder: Path, inherited: dict[str, int]) -> NoReturn:
+    """Be the guard of `folder` until there is no reason left, and tell the keeper so."""
     process.set_title("gpuksm guard")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    inherited = keeper.inherited()
     link = socket.socket(fileno=inherited.pop("keeper"))
-    folder = Path(sys.argv[1])
     keeping = Keeping(folder, link, dict(inherited))
     listener = socket.socket(fileno=inherited.pop("listener"))
     if "store" not in inherited:
@@ -87,7 +84,3 @@ def main() -> None:
     Server(guard, listener, keeping).run()
     keeping.end()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

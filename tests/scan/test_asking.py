@@ -1,4 +1,4 @@
-"""What a scan asks the guard for."""
+"""asking: what a scan asks the guard for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from gpuksm.scan import engine
-from gpuksm.scan.engine import Engine
-from gpuksm.scan.types import NoProgress, ScanOptions, TargetRequest
+from gpuksm.scan import asking
+from gpuksm.scan.types import ScanOptions, TargetRequest
 
 MUCH, LITTLE = 600 << 20, 500 << 20
 
@@ -43,11 +42,9 @@ def test_comparers_where_there_are_processors_and_work_for_them(
     monkeypatch: pytest.MonkeyPatch, cpus: int, threads: int, resident: int, wanted: int, known: bool
 ) -> None:
     """`known`: as in a scan, which says what all targets hold; a daemon attaches to those that come."""
-    monkeypatch.setattr(engine, "usable_cpus", lambda: cpus)
-    monkeypatch.setattr(engine.procfs, "resident_bytes", lambda pids: 0 if known else resident)
+    monkeypatch.setattr(asking, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(asking.procfs, "resident_bytes", lambda pids: 0 if known else resident)
     client: Any = _Client()
-    asking = Engine(client, ScanOptions(backend="cpu", threads=threads), NoProgress())
-    asking.open_hasher(0, resident if known else None)
-    asking.attach([TargetRequest(1)])
+    options = ScanOptions(backend="cpu", threads=threads)
+    asking.attach(client, options, [TargetRequest(1)], resident if known else None)
     assert client.comparers == wanted
-    asking.close()
