@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _NICE = 10
+_SWITCH_SECONDS = 0.0005
 
 _BEFORE = (
     click.option(
@@ -116,7 +118,12 @@ def give_way() -> None:
 
 
 def load_meanwhile() -> None:
-    """Load what scanning needs in a thread, while this one waits for the guard to start."""
+    """Load what scanning needs in a thread, while this one waits for the guard to start and to attach.
+
+    Who waits for an answer gets its turn soon after that has come, not after the 5 ms that Python leaves
+    to a thread which is busy.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
     def load() -> None:
         # What is wrong is told where it is needed.

@@ -51,7 +51,9 @@ __all__ = [
 
 def load() -> None:
     """Load what scans need, and compile what no earlier process has: some 10 s of processor time then."""
-    from gpuksm.hashing import cpu, sort
+    from gpuksm.scan import attaching  # noqa: F401, first what asks the guard
+
+    from gpuksm.hashing import cpu, sort  # isort: skip
     from gpuksm.hashing.compiled import library
     from gpuksm.scan import columns, round, runs  # noqa: F401
 
@@ -67,9 +69,14 @@ def run_scan(
     A target that cannot be attached to is reported with its error; when none
     can, the first one's error is raised.  A target that exits is no error.
     """
-    from gpuksm.scan.round import run
+    from gpuksm.scan.attaching import Attaching
 
-    return run(client, targets, options, progress)
+    with Attaching(client, targets, options) as attaching:
+        if options.hashes_anywhere:
+            attaching.start()
+        from gpuksm.scan.round import run
+
+        return run(client, attaching, options, progress)
 
 
 def run_estimate(

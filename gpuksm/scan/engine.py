@@ -17,10 +17,9 @@ import numpy as np
 from gpuksm import errors
 from gpuksm.errors import TargetGone
 from gpuksm.hashing import select
-from gpuksm.hashing.crew import usable_cpus
 from gpuksm.hashing.protocol import Hasher
-from gpuksm.linux import numa, procfs
-from gpuksm.scan import nodes
+from gpuksm.linux import numa
+from gpuksm.scan import asking, nodes
 from gpuksm.scan.columns import I64, U64
 from gpuksm.scan.commits import Commits
 from gpuksm.scan.planner import Plan, make_plan
@@ -33,14 +32,7 @@ from gpuksm.scan.types import Progress, ScanOptions, TargetReport, TargetRequest
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient
 
-# Processes that the guard has compare for it at most, and one for how many threads of ours: it has more to do
-# than comparing, and that more of them would be quicker was not seen.
-_MOST_COMPARERS, _THREADS_FOR_ONE = 4, 4
 _DRAIN_SECONDS = 1.0  # between two times that pages are taken off the kernel's lists
-_LEAST_THREADS = 8  # with four processors the guard alone was as quick
-_MUCH_BYTES = 512 << 20  # of less the guard has compared all before others are there
-# For so long the guard waits for memory to settle, and answers nobody else meanwhile.
-MOST_GUARD_SECONDS = 0.2
 
 
 @dataclass
@@ -105,7 +97,6 @@ class Engine:
         self.skipped: Counter[str] = Counter()
         self.backend_reason = ""
         self._hasher: Hasher | None = None
-        self._work_bytes: int | None = None
         self._stable = no_stable_tree()
         self._generation: int | None = None
         self._drained = 0.0
@@ -120,7 +111,7 @@ class Engine:
 
         `work_bytes` as in `select.create`.
         """
-        options, self._work_bytes = self.options, work_bytes
+        options = self.options
         self._hasher, self.backend_reason = select.create(
             options.backend, seed, options.threads, options.device, options.gpu_memory, work_bytes
         )
@@ -137,27 +128,14 @@ class Engine:
 
     def ask_attach(self, wanted: Sequence[TargetRequest]) -> dict[str, Any]:
         """The guard's reply to `attach`; takes the scan lock.  Raises GuardError when another has it."""
-        options = {
-            **self.options.allowed._asdict(),
-            "max_pause_us": self.options.max_pause_us,
-            "comparers": self._comparers(wanted),
-        }
-        asked = [{"pid": t.pid, "named": t.named, "ranges": t.ranges} for t in wanted]
-        return self.client.request("attach", targets=asked, options=options)[0]
-
-    def _comparers(self, wanted: Sequence[TargetRequest]) -> int:
-        """How many processes the guard may have compare beside it."""
-        work_bytes = self._work_bytes
-        if work_bytes is None:
-            work_bytes = procfs.resident_bytes([request.pid for request in wanted])
-        if work_bytes < _MUCH_BYTES:
-            return 0
-        threads = self.options.threads or usable_cpus()
-        return min(_MOST_COMPARERS, threads // _THREADS_FOR_ONE) if threads >= _LEAST_THREADS else 0
+        return asking.attach(self.client, self.options, wanted)
 
     def attach(self, wanted: Sequence[TargetRequest]) -> list[Target]:
         """Attach to `wanted` and keep them as targets, with their error those that cannot be."""
-        reply = self.ask_attach(wanted)
+        return self.take(self.ask_attach(wanted))
+
+    def take(self, reply: dict[str, Any]) -> list[Target]:
+        """Keep what the guard's reply to `attach` tells of as targets."""
         checksum = reply.get("tracking", "write-tracking") == "checksum"
         fresh = [_opened(item, checksum, self.by_node) for item in reply["targets"]]
         self.targets += fresh
@@ -165,14 +143,9 @@ class Engine:
         return fresh
 
     def arm(self, target: Target) -> U64 | None:
-        """Arm `target`; stretches (n, 2) written since the last time, or None when it has exited.
-
-        The guard merges nothing of it before `settle_seconds` have passed, MOST_GUARD_SECONDS at most.
-        """
-        calm_us = round(min(self.options.settle_seconds, MOST_GUARD_SECONDS) * 1e6)
-        try:
-            _, payload = self.client.request("arm", target=target.ident, calm_us=calm_us)
-        except (TargetGone, errors.NoSuchProcess):
+        """Arm `target`; stretches (n, 2) written since the last time, or None when it has exited."""
+        payload = asking.arm(self.client, target.ident, self.options.settle_seconds)
+        if payload is None:
             target.leave()
             return None
         return np.frombuffer(payload, "<u8").reshape(-1, 2).astype(np.uint64)

@@ -1,29 +1,27 @@
-"""How a scan begins: each target is measured, attached to, armed, looked up, and its first pages are read.
+"""How a scan begins to read: what has been armed is looked up, and its first pages are read.
 
-The guard does one thing at a time, and each of these takes some ten milliseconds for a GiB.  So three threads
-share them: one measures what processes hold, ahead of the guard's attaching, which adds an agent to that; the
-caller's asks the guard to attach to a target and to arm it; and one looks up what is armed, and reads
-of it while the guard does the next.
+The guard has one thread, and each target takes it some ten milliseconds for a GiB.  So one thread has it
+attach to a target and arm it (attaching.py), and another looks up what is armed, and reads of it while the
+guard does the next.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from gpuksm.errors import TargetGone
 from gpuksm.scan import measure
+from gpuksm.scan.asking import MOST_GUARD_SECONDS
+from gpuksm.scan.attaching import Attaching
 from gpuksm.scan.batches import digest
-from gpuksm.scan.engine import MOST_GUARD_SECONDS, Engine, Target, error_of
+from gpuksm.scan.engine import Engine, Target, error_of
 from gpuksm.scan.tracker import Tracker
-from gpuksm.scan.types import TargetRequest
 
 # Read at a time, so that the next target need not wait; targets of fewer pages are better read together.
 _PIECE_PAGES, _LEAST_PAGES = 1 << 13, 1 << 12
@@ -37,30 +35,29 @@ class Opening(NamedTuple):
     settled: float  # of the monotonic clock
 
 
-def open_targets(engine: Engine, wanted: Sequence[TargetRequest]) -> Opening:
-    """Make `wanted` targets of `engine`, look their pages up and read some; raises when all are refused."""
+def open_targets(engine: Engine, attaching: Attaching) -> Opening:
+    """Make what is attached to targets of `engine`, look their pages up and read some.
+
+    Raises when all are refused.
+    """
     before: dict[int, measure.Held] = {}
     settle, settled = engine.options.settle_seconds, 0.0
-    engine.progress.update("attach", 0, len(wanted))
-    if not wanted:
-        engine.attach([])  # it takes the scan lock all the same
-    measuring = ThreadPoolExecutor(1)
-    try:
-        with _Ahead(engine) as ahead:
-            found = [measuring.submit(measure.held, request.pid) for request in wanted]
-            for number, (request, held) in enumerate(zip(wanted, found, strict=True)):
-                if (holds := held.result()) is not None:
-                    before[request.pid] = holds
-                for target in engine.attach([request]):
-                    if target.tracker is not None and engine.arm(target) is not None:
-                        # Of those that are armed later the guard makes sure, if that does not take long.
-                        if not settled or settle > MOST_GUARD_SECONDS:
-                            settled = time.monotonic() + settle
-                        ahead.put(target)
-                engine.progress.update("attach", number + 1, len(wanted))
-            ahead.finish()
-    finally:
-        measuring.shutdown(cancel_futures=True)
+    count = len(attaching.wanted)
+    engine.progress.update("attach", 0, count)
+    with _Ahead(engine) as ahead:
+        for number, armed in enumerate(attaching):
+            if armed.held is not None:
+                before[armed.request.pid] = armed.held
+            for target in engine.take(armed.reply):
+                if armed.at is None:
+                    target.leave()
+                elif target.tracker is not None:
+                    # Of those that are armed later the guard makes sure, if that does not take long.
+                    if not settled or settle > MOST_GUARD_SECONDS:
+                        settled = armed.at + settle
+                    ahead.put(target)
+            engine.progress.update("attach", number + 1, count)
+        ahead.finish()
     if engine.targets and all(target.refusal is not None for target in engine.targets):
         raise error_of(engine.targets[0].refusal or {})
     return Opening(before, ahead.scanned, settled)

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpuksm.errors import TargetGone
 from gpuksm.hashing.protocol import KIND_ZERO
-from gpuksm.linux import procfs
 from gpuksm.scan import measure
+from gpuksm.scan.attaching import Attaching
 from gpuksm.scan.batches import digest_wanted
 from gpuksm.scan.columns import I64, PAGE_BYTES, U64, count_pages, heads
 from gpuksm.scan.engine import Engine, Target
@@ -26,7 +25,7 @@ from gpuksm.scan.equals import candidates_with_equals, repeats_of
 from gpuksm.scan.opening import Opening, open_targets
 from gpuksm.scan.slices import merge_everything
 from gpuksm.scan.tracker import Tracker, equals_elsewhere, gather
-from gpuksm.scan.types import Progress, ScanOptions, ScanResult, TargetRequest
+from gpuksm.scan.types import Progress, ScanOptions, ScanResult
 
 if TYPE_CHECKING:
     from gpuksm.client import GuardClient
@@ -39,13 +38,11 @@ _FEW_PAGES = 16
 _TRY_AGAIN = ("busy", "stopped")
 
 
-def run(
-    client: GuardClient, targets: Sequence[TargetRequest], options: ScanOptions, progress: Progress
-) -> ScanResult:
-    """See `gpuksm.scan.run_scan`."""
+def run(client: GuardClient, attaching: Attaching, options: ScanOptions, progress: Progress) -> ScanResult:
+    """See `gpuksm.scan.run_scan`; of the targets that are being attached to."""
     scan = _Scan(client, options, progress)
     try:
-        return scan.run(targets)
+        return scan.run(attaching)
     finally:
         scan.close()
 
@@ -61,14 +58,9 @@ class _Scan:
         """Give descriptors and threads back."""
         self.engine.close()
 
-    def run(self, wanted: Sequence[TargetRequest]) -> ScanResult:
-        began, cpu_began = time.monotonic(), time.process_time()
-        hello, _ = self.client.request("hello")
-        guard_cpu = measure.cpu_seconds(int(hello["pid"]))
-        store_before = int(self.client.request("status", budgets=[])[0]["store_bytes"])
-        pids = [request.pid for request in wanted]
-        self.engine.open_hasher(int(hello.get("seed", 0)), procfs.resident_bytes(pids))
-        opening = open_targets(self.engine, wanted)
+    def run(self, attaching: Attaching) -> ScanResult:
+        self.engine.open_hasher(attaching.seed, attaching.work_bytes)
+        opening = open_targets(self.engine, attaching)
         self._first_pass(opening)
         for number in range(1, self.options.passes):
             if self._checksums:
@@ -78,9 +70,11 @@ class _Scan:
         self.progress.update("measure", 0, 0)
         status, _ = self.client.request("status", budgets=[])
         after = measure.snapshot(opening.before)
-        cpu = time.process_time() - cpu_began + measure.cpu_seconds(int(hello["pid"])) - guard_cpu
+        cpu = time.process_time() - attaching.cpu_began
+        cpu += measure.cpu_seconds(attaching.guard) - attaching.guard_cpu
         cpu += sum(measure.cpu_seconds(int(pid)) for pid in status.get("comparers", ()))
-        return self._result(status, opening.before, after, store_before, time.monotonic() - began, cpu)
+        seconds = time.monotonic() - attaching.began
+        return self._result(status, opening.before, after, attaching.store_bytes, seconds, cpu)
 
     # -- passes ------------------------------------------------------------------
 

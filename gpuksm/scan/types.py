@@ -45,6 +45,13 @@ class ScanOptions:
         """What would otherwise be a reason to skip a process."""
         return Allowed(self.allow_seccomp, self.allow_direct_io, self.allow_peer_writes, self.allow_kvm)
 
+    @property
+    def hashes_anywhere(self) -> bool:
+        """Whether this can be done on any machine, as far as hashing goes and telling pages apart."""
+        if self.device is not None or self.gpu_memory is not None or not self.merge_across_nodes:
+            return False
+        return self.backend in ("auto", "cpu")
+
 
 class Progress(Protocol):
     """Told what is going on; `total` is 0 where it is not known."""
