@@ -40,7 +40,7 @@ import socket
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from gpuksm.errors import TargetGone
 from gpuksm.guard import arch, sandbox
@@ -164,24 +164,17 @@ class Agent:
             raise OSError(-result, f"system call {number} in process {self.pid}: {os.strerror(-result)}")
         return result
 
-    def perform(
-        self, table: Table, wait_ns: int = WAIT_NS, meanwhile: Callable[[], None] | None = None
-    ) -> list[int]:
+    def perform(self, table: Table, wait_ns: int = WAIT_NS) -> list[int]:
         """Run `table`; the results in order, -ECANCELED (-125) for entries taken back at the deadline.
 
-        `meanwhile` is done once it runs, and must be short.  Raises TargetGone, AgentStuck.
+        Raises TargetGone, AgentStuck.
         """
         if not len(table):
             return []
         if self.muzzled():
             return self._refuse(table)
         self.start(table)
-        try:
-            if meanwhile is not None:
-                meanwhile()
-        finally:  # whatever that was
-            results = self.finish(table, wait_ns)
-        return results
+        return self.finish(table, wait_ns)
 
     def count_filters(self) -> None:
         """From now on filters that come to those that it has are looked at before each use; TargetGone."""

@@ -68,8 +68,6 @@ class _Slice:
     parts: list[_Part] = field(default_factory=list)
     plain: _Plain | None = None
     weight: float = 0.0  # guessed microseconds
-    too_long: bool = False  # one run, which is to be cut
-    prepared: _Prepared | None = None
 
     def reach(self, start: int, end: int, vma: mappings.VmaQuery | None) -> None:
         """It goes on from `start`, in `vma`, to `end`; what goes beyond a mapping is not plain."""
@@ -96,7 +94,7 @@ class _Prepared:
 
 def steps(by_piece: Committer, target: Target, chains: list[Chain]) -> Iterator[float]:
     """What `Committer.steps` is for pieces, for `chains` (compared, any order)."""
-    return _ChainCommitter(by_piece, target, _Todo(sorted(chains, key=lambda chain: chain.addr))).steps()
+    return _ChainCommitter(by_piece).steps(target, chains)
 
 
 @dataclass
@@ -104,59 +102,26 @@ class _ChainCommitter:
     """Commits the chains of one target, by the means of a committer for pieces."""
 
     by_piece: Committer
-    target: Target
-    todo: _Todo
-    next: _Slice | None = None
-    failed: Exception | None = None  # what came of preparing that
 
-    def steps(self) -> Iterator[float]:
-        self.by_piece.prepare = self.prepare
-        while self.prepare() or self.next is not None or self.failed is not None:
-            if self.failed is not None:
-                raise self.failed
-            chosen, self.next = self.next, None
-            assert chosen is not None
-            if chosen.too_long:
-                yield from self.by_piece.steps(self.target, chosen.parts[0].pieces())  # which cuts a long run
-                continue
-            self._fit(chosen)
-            if chosen.parts:
-                yield from self._commit(self.target, chosen)
-            else:
-                self.by_piece.outcome.skip("vma-budget", self.todo.drop())
-
-    def prepare(self) -> bool:
-        """Choose what is next, and make its table; False when that is done already, or nothing is left.
-
-        It may be called while another target is worked on: what fails does so in the next step.
-        """
-        if self.next is not None or self.failed is not None or not self.todo:
-            return False
-        try:
+    def steps(self, target: Target, chains: list[Chain]) -> Iterator[float]:
+        todo = _Todo(sorted(chains, key=lambda chain: chain.addr))
+        while todo:
             limit = self.by_piece.pace.limit(self.by_piece.max_pause_us)
-            chosen = self._slice(self.target, self.todo, limit)
-            first = chosen.parts[0].runs
-            chosen.too_long = len(chosen.parts) == len(first) == 1 and _weight(first) > limit
-            if not chosen.too_long:
-                self._prepare(chosen)
-            self.next = chosen
-        except Exception as error:
-            self.failed = error
-        return True
-
-    def _prepare(self, chosen: _Slice) -> None:
-        if chosen.parts and chosen.plain is not None:
-            chosen.prepared = self._prepared(self.target, chosen.parts, chosen.plain)
-
-    def _fit(self, chosen: _Slice) -> None:
-        """Leave of `chosen` what the target may have mappings for."""
-        need = _mappings(chosen.parts)
-        room = self.by_piece.budget.room(need)
-        if need > room:
-            chosen.parts, left_out = _within(chosen.parts, room)
-            self.by_piece.outcome.skip("vma-budget", left_out)
-            self._prepare(chosen)
-        self.by_piece.budget.spend(_mappings(chosen.parts))
+            chosen = self._slice(target, todo, limit)
+            parts = chosen.parts
+            if len(parts) == 1 and len(parts[0].runs) == 1 and _weight(parts[0].runs) > limit:
+                yield from self.by_piece.steps(target, parts[0].pieces())  # which cuts a long run
+                continue
+            need = _mappings(parts)
+            room = self.by_piece.budget.room(need)
+            if need > room:
+                chosen.parts, left_out = _within(parts, room)
+                self.by_piece.outcome.skip("vma-budget", left_out)
+            self.by_piece.budget.spend(_mappings(chosen.parts))
+            if chosen.parts:
+                yield from self._commit(target, chosen)
+            else:
+                self.by_piece.outcome.skip("vma-budget", todo.drop())
 
     def _slice(self, target: Target, todo: _Todo, limit: float) -> _Slice:
         """Runs of a weight of `limit`, in plain memory of one protection if the first are in such memory."""
@@ -197,7 +162,8 @@ class _ChainCommitter:
         return _Plain(protection(vma), [])
 
     def _commit(self, target: Target, chosen: _Slice) -> Iterator[float]:
-        parts, prepared = chosen.parts, chosen.prepared
+        parts = chosen.parts
+        prepared = self._prepared(target, parts, chosen.plain) if chosen.plain is not None else None
         if prepared is None:
             for part in parts:
                 yield self.by_piece.commit_slice(target, part.pieces(), part.behind)
@@ -268,8 +234,7 @@ class _ChainCommitter:
         if prepared.groups:
             target.keep_in_core_dumps(self.by_piece.journal)
         faults.point("commit-intent")
-        weight = sum(_weight(part.runs) for part in parts)
-        results = target.link.agent.perform(prepared.table, meanwhile=self.by_piece.beside(weight))
+        results = target.link.agent.perform(prepared.table)
         failed: list[Piece] = []
         for group in prepared.groups:
             runs, watched = group.runs, results[group.watched] == 0

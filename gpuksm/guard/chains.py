@@ -20,7 +20,7 @@ from typing import NamedTuple
 from gpuksm import wire
 from gpuksm.guard.runs import marked
 from gpuksm.guard.store import Store
-from gpuksm.guard.verify import CHUNK_PAGES, SLOTS, THEIRS, Steps, bytes_read, forget_slots
+from gpuksm.guard.verify import CHUNK_PAGES, SLOTS, THEIRS, bytes_read
 from gpuksm.linux import vm
 from gpuksm.linux._libc import PAGE_SIZE
 from gpuksm.linux.memory import equal
@@ -118,7 +118,9 @@ def allowed(
     return numbers, kept
 
 
-def compare(store: Store, tid: int, addr: int, numbers: array[int], slots: array[int]) -> Steps[bytearray]:
+def compare(
+    store: Store, tid: int, addr: int, numbers: array[int], slots: array[int], breathe: Callable[[], None]
+) -> bytearray:
     """For each of the pages `numbers`, counted from `addr`, 1 where it equals its slot; slots ascend.
 
     `tid` is the thread through which the target is read.  Raises ProcessLookupError when it is gone.
@@ -127,7 +129,7 @@ def compare(store: Store, tid: int, addr: int, numbers: array[int], slots: array
     for low in range(0, len(numbers), CHUNK_PAGES):
         high = min(len(numbers), low + CHUNK_PAGES)
         same += _compare(store, tid, addr, numbers[low:high], slots[low:high])
-        yield
+        breathe()
     return same
 
 
@@ -170,7 +172,6 @@ def _compare(store: Store, tid: int, addr: int, numbers: array[int], slots: arra
 
 def _read_slots(store: Store, slots: array[int]) -> None:
     """Read `slots`, ascending, into the buffer for them, those that follow each other at once."""
-    forget_slots()
     breaks = _breaks(slots)
     for first, end in zip([0, *breaks], [*breaks, len(slots)], strict=True):
         store.read(slots[first], SLOTS.view[first * PAGE_SIZE : end * PAGE_SIZE])

@@ -22,10 +22,9 @@ A successor finds what was mapped in /proc/PID/maps.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpuksm.guard import faults
@@ -45,7 +44,6 @@ _CALM = pagemap.PAGE_IS_WPALLOWED | pagemap.PAGE_IS_PRESENT
 _NOT = pagemap.PAGE_IS_WRITTEN | pagemap.PAGE_IS_FILE | pagemap.PAGE_IS_PFNZERO | pagemap.PAGE_IS_SWAPPED
 MAX_SLICE_RUNS = 900
 ENTRY_WEIGHT, PAGE_WEIGHT = 20.0, 0.5  # microseconds, first guesses; pace.py corrects them
-_SHARE = 0.5  # of the work in a pause that the agent does at least
 
 
 @dataclass
@@ -122,11 +120,8 @@ class Committer:
     pace: Pace
     budget: Budget
     max_pause_us: int
-    tid: int  # the target's agent
     outcome: Outcome
-    meanwhile: Callable[[int, float], None]  # something to do while a thread works, for seconds at most
     continued: set[int]  # ends of pieces whose run goes on in a later portion of the plan
-    prepare: Callable[[], bool] = lambda: False  # what comes next, once; whether that was to be done
 
     def steps(self, target: Target, pieces: list[Piece]) -> Iterator[float]:
         """Commit `pieces` (verified, any order) of `target`, a slice each step; fills `outcome`.
@@ -204,11 +199,6 @@ class Committer:
         self.outcome.pauses_us.append(pause_us)
         target.pauses_us.append(pause_us)
         faults.point("commit-thawed")
-
-    def beside(self, weight: float) -> Callable[[], None]:
-        """What is done while the agent does work of `weight` guessed microseconds: for less than it takes."""
-        seconds = _SHARE * weight * self.pace.ratio() / 1e6
-        return functools.partial(self.meanwhile, self.tid, seconds)
 
     # -- inside the freeze -------------------------------------------------------
 
@@ -324,9 +314,7 @@ class Committer:
         if runs:
             target.keep_in_core_dumps(self.journal)
         faults.point("commit-intent")
-        pages = sum(each[0].pages for each in batch.runs) + sum(piece.pages for piece, _ in batch.zeros)
-        weight = ENTRY_WEIGHT * (len(batch.runs) + len(batch.zeros)) + PAGE_WEIGHT * pages
-        results = target.link.agent.perform(batch.table, meanwhile=self.beside(weight))
+        results = target.link.agent.perform(batch.table)
         for piece, index in batch.zeros:
             if results[index] == 0:
                 self.outcome.done(piece)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from gpuksm.guard import chains, faults, verify
 from gpuksm.guard.store import Store
-from gpuksm.guard.verify import Piece, Steps
+from gpuksm.guard.verify import Piece
 from gpuksm.linux import process
 
 READY = b"ready"
@@ -31,34 +31,28 @@ MESSAGE_BYTES = 1 << 18  # more than a socket takes at once
 _NICE = 10  # as scanners have: jobs come first, and nobody stands still for what is done here
 PIECES, PAGES = "pieces", "pages"
 
+Breathe = Callable[[], None]
 Part = tuple[int, int, "array[int]", "array[int]"]  # thread, address, numbers of pages behind it, their slots
 
 
-def steps(store: Store, kind: str, arguments: tuple[Any, ...]) -> Steps[Any]:
-    """A job, for PIECES see `verify.verify`, for PAGES `_pages`.  Its steps raise what theirs do."""
-    work: Callable[..., Steps[Any]] = verify.verify if kind == PIECES else _pages
-    return work(store, *arguments)
+def do(store: Store, kind: str, arguments: tuple[Any, ...], breathe: Breathe) -> Any:
+    """The answer to a job: for PIECES see `verify.verify`, for PAGES `_pages`.  Raises what they do."""
+    work: Callable[..., Any] = verify.verify if kind == PIECES else _pages
+    return work(store, *arguments, breathe)
 
 
-def answer(steps: Steps[Any], breathe: Callable[[], None] = lambda: None) -> Any:
-    """What comes out of all `steps`, with a breath after each."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
-        breathe()
-
-
-def _pages(store: Store, parts: list[Part]) -> Steps[list[bytes | None]]:
+def _pages(store: Store, parts: list[Part], breathe: Breathe) -> list[bytes | None]:
     """What `chains.compare` says of each of the parts; None where the target is gone."""
-    answers: list[bytes | None] = []
-    for part in parts:
-        try:
-            answers.append(bytes((yield from chains.compare(store, *part))))
-        except ProcessLookupError:
-            answers.append(None)
-    return answers
+    return [_compared(store, *part, breathe) for part in parts]
+
+
+def _compared(
+    store: Store, tid: int, addr: int, numbers: array[int], slots: array[int], breathe: Breathe
+) -> bytes | None:
+    try:
+        return bytes(chains.compare(store, tid, addr, numbers, slots, breathe))
+    except ProcessLookupError:
+        return None
 
 
 def packed(kind: str, arguments: tuple[Any, ...]) -> bytes:
@@ -128,8 +122,8 @@ def _serve(sock: socket.socket, store: Store) -> None:
         faults.point("comparing")
         reply: tuple[Any, ...] = ()
         try:
-            found = answer(steps(store, kind, arguments))
-            reply = (_plain(found) if kind == PIECES else found,)
+            answer = do(store, kind, arguments, lambda: None)
+            reply = (_plain(answer) if kind == PIECES else answer,)
         except OSError:
             traceback.print_exc()  # into guard.log
         sock.send(marshal.dumps(reply))

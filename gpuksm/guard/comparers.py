@@ -1,7 +1,5 @@
 """The guard's side of its comparers (comparer.py): starting them, handing out jobs, doing what none answers.
 
-What nobody has taken the guard also goes on with while it waits for an agent, where a processor is idle.
-
 What must hold (docs/hazards.md, 10): no process but the guard has an agent's socket while that agent has
 something to do.  A comparer is a fork of the guard, and has duplicates of everything until it has closed
 them.  So it is started by the main loop alone, between two requests, as a new keeper is (keeping.py), and
@@ -27,7 +25,6 @@ from typing import Any
 
 from gpuksm.guard import comparer, faults
 from gpuksm.guard.store import Store
-from gpuksm.guard.verify import Steps
 from gpuksm.linux.descriptors import await_readable
 
 MOST = 8
@@ -36,7 +33,6 @@ _START_SECONDS = 5.0
 _FIRST_SECONDS, _IDLE_SECONDS = 60.0, 5.0  # they are kept: until there is something to do, and after that
 _ANSWER_SECONDS = 2.0  # for one job, beside busy jobs; then it is done here
 _NAP_SECONDS = 0.0005
-_STEP_SECONDS, _LEARNED = 0.0002, 0.1  # of a step at first, and how much each one changes that
 _OPEN, _HANDED, _DONE = range(3)
 
 
@@ -51,37 +47,17 @@ _FORCED = _number("GPUKSM_COMPARERS")  # so many, whatever a scanner asks for
 
 
 class Job:
-    """Something to compare: a kind of comparer.py, its arguments, and the answer once it is there.
+    """Something to compare: a kind of comparer.py, its arguments, and the answer once it is there."""
 
-    `tids` are the threads through which it is read.
-    """
+    __slots__ = ("answer", "arguments", "kind", "state")
 
-    __slots__ = ("_steps", "answer", "arguments", "kind", "state", "tids")
-
-    def __init__(self, kind: str, tids: Iterable[int], *arguments: Any) -> None:
-        self.kind, self.arguments, self.tids = kind, arguments, frozenset(tids)
+    def __init__(self, kind: str, *arguments: Any) -> None:
+        self.kind, self.arguments = kind, arguments
         self.state = _OPEN
         self.answer: Any = None
-        self._steps: Steps[Any] | None = None  # of what was begun here
-
-    def step(self, store: Store) -> None:
-        """Do some of it here, a tenth of a millisecond or so.  Raises what comparing here raises."""
-        self._steps = self._steps or comparer.steps(store, self.kind, self.arguments)
-        try:
-            next(self._steps)
-        except StopIteration as done:
-            self.done(done.value)
-        except BaseException:
-            self._steps = None  # from the start, if it is tried again
-            raise
-
-    @property
-    def begun(self) -> bool:
-        """Whether some of it was done here."""
-        return self._steps is not None
 
     def done(self, answer: Any) -> None:
-        self.state, self.answer, self._steps = _DONE, answer, None
+        self.state, self.answer = _DONE, answer
 
 
 class _Comparer:
@@ -102,8 +78,6 @@ class Comparers:
         self._crew: list[_Comparer] = []
         self._ended: list[int] = []  # to be waited for
         self._kept_until = 0.0
-        self._ahead: deque[Job] = deque()  # begun, and taken by nobody
-        self._step_seconds = _STEP_SECONDS
 
     def __len__(self) -> int:
         return len(self._crew)
@@ -138,42 +112,13 @@ class Comparers:
             self._lose(each)
 
     def begin(self, jobs: Iterable[Job]) -> None:
-        """Hand out as many of `jobs` as are taken; the others wait for `meanwhile`."""
-        left = deque(jobs)
-        several = len(left) > 1
-        while several and left and self._hand_out(left[0]):
-            left.popleft()
-        self._ahead.extend(left)
-
-    def meanwhile(self, tid: int, seconds: float) -> None:
-        """Do some of what is begun and taken by nobody, for so long at most; we would wait for `tid` else.
-
-        Nothing that reads by `tid`: it changes mappings, and would have to wait for each read, and we for it.
-        """
-        self._go_on([job for job in self._ahead if tid not in job.tids], seconds)
-
-    def spare(self, seconds: float) -> bool:
-        """The same while nobody stands still for us; whether there was something to do."""
-        return self._go_on(list(self._ahead), seconds)
-
-    def _go_on(self, jobs: list[Job], seconds: float) -> bool:
-        now = began = time.monotonic()
-        end = now + seconds
-        if now + self._step_seconds > end:
-            self._step_seconds *= 1 - _LEARNED  # or one that took long would be the last
+        """Hand out as many of `jobs` as are taken."""
         for job in jobs:
-            while job in self._ahead and now + self._step_seconds <= end:
-                with contextlib.suppress(Exception):  # it is tried again, and raises, when it is finished
-                    job.step(self._store)
-                if job.state != _OPEN or not job.begun:
-                    self._ahead.remove(job)
-                before, now = now, time.monotonic()
-                self._step_seconds += _LEARNED * (now - before - self._step_seconds)
-        return now > began
+            if not self._hand_out(job):
+                break
 
     def finish(self, jobs: list[Job], breathe: Callable[[], None]) -> None:
         """Have all of `jobs` done, what nobody has taken here.  Raises what comparing here raises."""
-        self._ahead = deque(job for job in self._ahead if job not in jobs)
         left = deque(job for job in jobs if job.state == _OPEN)
         handed = [job for job in jobs if job.state == _HANDED]
         while left or handed:
@@ -182,9 +127,7 @@ class Comparers:
                 job = left.popleft()
                 while left and self._hand_out(left[-1]):
                     handed.append(left.pop())
-                while job.state == _OPEN:
-                    job.step(self._store)
-                    breathe()
+                job.done(comparer.do(self._store, job.kind, job.arguments, breathe))
             else:
                 left.extend(job for job in handed if job.state == _OPEN)  # of those that were lost
                 handed = [job for job in handed if job.state == _HANDED]

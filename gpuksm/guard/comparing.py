@@ -51,8 +51,9 @@ def begin_pieces(
             outcome.skip("gone", sum(piece.pages for piece in wanted.pop(number)))
         else:
             tids[number] = target.link.agent.tid
-    jobs = _jobs(tids, wanted) if len(host.comparers) else [Job(comparer.PIECES, tids.values(), tids, wanted)]
-    host.comparers.begin(jobs)
+    jobs = _jobs(tids, wanted) if len(host.comparers) else [Job(comparer.PIECES, tids, wanted)]
+    if len(jobs) > 1:
+        host.comparers.begin(jobs)
 
     def finish() -> dict[int, list[Piece]]:
         host.comparers.finish(jobs, host.breathe)
@@ -90,8 +91,9 @@ def begin_chains(
                 some = slice(low, low + JOB_PAGES)
                 parts.append((target.link.agent.tid, chain.addr, numbers[some], slots[some]))
             host.breathe()
-    jobs = [Job(comparer.PAGES, [some[0][0]], some) for some in _shares(parts)]
-    host.comparers.begin(jobs)
+    jobs = [Job(comparer.PAGES, some) for some in _shares(parts)]
+    if len(jobs) > 1:
+        host.comparers.begin(jobs)
 
     def finish() -> dict[int, list[Chain]]:
         host.comparers.finish(jobs, host.breathe)
@@ -117,13 +119,10 @@ def begin_chains(
 
 
 def _shares(parts: list[comparer.Part]) -> Iterator[list[comparer.Part]]:
-    """`parts` in their order, as many pages together as make a job, all of one target."""
+    """`parts` in their order, as many pages together as make a job."""
     share: list[comparer.Part] = []
     pages = 0
     for part in parts:
-        if share and share[0][0] != part[0]:
-            yield share
-            share, pages = [], 0
         share.append(part)
         pages += len(part[2])
         if pages >= JOB_PAGES:
@@ -174,9 +173,9 @@ def _jobs(tids: dict[int, int], wanted: dict[int, list[Piece]]) -> list[Job]:
             share.setdefault(number, []).extend(parts)
             pages += sum(part.pages for part in parts)
         if pages >= JOB_PAGES:
-            jobs.append(Job(comparer.PIECES, tids.values(), tids, share))
+            jobs.append(Job(comparer.PIECES, tids, share))
             share, pages = {}, 0
-    return [*jobs, Job(comparer.PIECES, tids.values(), tids, share)]
+    return [*jobs, Job(comparer.PIECES, tids, share)]
 
 
 def _cut(piece: Piece) -> Iterator[tuple[int, Piece]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,13 +32,11 @@ from gpuksm.guard.store import NOBODY, Store
 from gpuksm.guard.target import Target
 from gpuksm.guard.turns import take_turns
 from gpuksm.guard.verify import Piece
-from gpuksm.linux import census
 from gpuksm.linux._libc import PAGE_SIZE
 
 _WINDOW_PAGES = 1 << 14
 _WINDOW_BESIDE = 1 << 13  # where others compare meanwhile: what they compare is mapped, and the next filled
 _CHAIN_PAGES = 1 << 13
-_PREPARE_SECONDS = 0.0005  # more than preparing a pause takes
 
 _Item = TypeVar("_Item", bound=Piece | Chain)
 _Equal = TypeVar("_Equal")
@@ -78,11 +75,13 @@ def execute(host: Host, extents: int, records: int, payload: bytes | bytearray, 
     commits = _Commits(host, max_pause_us, _going_on(cut, wanted), _looked_at(host, planned, wanted))
     outcome = commits.outcome
     try:
-        filled = (_begin(host, some, unplaced, outcome) for some in _portions(cut, window))
-        for pieces in _finished(filled, ahead=len(host.comparers) > 0):
+        for pieces in _finished(
+            host, (_begin(host, some, unplaced, outcome) for some in _portions(cut, window))
+        ):
             commits.of(pieces, Committer.steps)
-        compared = (comparing.begin_chains(host, some, outcome) for some in _chain_portions(wanted))
-        for equal in _finished(compared, ahead=True):
+        for equal in _finished(
+            host, (comparing.begin_chains(host, some, outcome) for some in _chain_portions(wanted))
+        ):
             commits.of(equal, chain_commit.steps)
     finally:  # what has been mapped ends well, whatever has come between
         _settle(host, commits.spans)
@@ -151,12 +150,12 @@ def _begin(
     return comparing.begin_pieces(host, portion, filled, outcome)
 
 
-def _finished(begun: Iterator[Callable[[], _Equal]], ahead: bool) -> Iterator[_Equal]:
-    """What is `begun`, finished: at once, or each when the next has begun as well (`ahead`)."""
+def _finished(host: Host, begun: Iterator[Callable[[], _Equal]]) -> Iterator[_Equal]:
+    """What is `begun`, finished: at once, or, where others compare, when the next has begun as well."""
     waiting: deque[Callable[[], _Equal]] = deque()
     for finish in begun:
         waiting.append(finish)
-        if len(waiting) > ahead:
+        if len(waiting) > 1 or not len(host.comparers):
             yield waiting.popleft()()
     while waiting:
         yield waiting.popleft()()
@@ -328,23 +327,9 @@ class _Commits:
     outcome: Outcome = field(default_factory=Outcome)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     budgets: dict[int, Budget] = field(default_factory=dict)
-    committers: dict[int, Committer] = field(default_factory=dict)
-
-    def _beside(self, tid: int, seconds: float) -> None:
-        """While thread `tid` works and would be waited for: prepare what is next in another target, compare.
-
-        Only where a processor is idle: we come first now (urgency.py), and must not take one from a job.
-        """
-        if not census.processor_is_idle():
-            return
-        end = time.monotonic() + seconds
-        if seconds > _PREPARE_SECONDS:
-            any(each.prepare() for each in self.committers.values() if each.tid != tid)
-        self.host.comparers.meanwhile(tid, end - time.monotonic())
 
     def of(self, compared: dict[int, list[_Item]], steps: _Steps[_Item]) -> None:
         """Commit what was `compared` of each target, by `steps` of its committer."""
-        self.committers.clear()
         work: dict[int, Iterator[float]] = {}
         due: dict[int, float] = {}
         for number, mine in compared.items():
@@ -356,7 +341,7 @@ class _Commits:
             work[number] = self._steps(number, mine, steps)
             if (target := self.host.targets.get(number)) is not None:
                 due[number] = target.calm_from
-        take_turns(work, self.host.breathe, due=due, spare=self.host.comparers.spare)
+        take_turns(work, self.host.breathe, due=due)
 
     def _steps(self, number: int, mine: list[_Item], steps: _Steps[_Item]) -> Iterator[float]:
         host, outcome = self.host, Outcome()
@@ -371,12 +356,9 @@ class _Commits:
                 host.pace,
                 self.budgets.setdefault(number, Budget(target.pid)),
                 self.max_pause_us,
-                target.link.agent.tid,
                 outcome,
-                self._beside,
                 self.going_on.get(number, set()),
             )
-            self.committers[number] = committer
             taken, stood = steps(committer, target, mine), list[float]()
             while reason is None:
                 reason = _reason(host, target, lambda: stood.extend(itertools.islice(taken, 1)))

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from gpuksm.guard import faults
 
 _NAP_SECONDS = 0.0005  # between looks at who waits for us
-_SPARE_SECONDS = 0.001  # the same, while there is something to do
 
 
 def take_turns(
@@ -24,13 +23,10 @@ def take_turns(
     *,
     due: Mapping[int, float] | None = None,
     idle: float = 0.0,
-    spare: Callable[[float], bool] | None = None,
 ) -> None:
     """Do all steps of `work`, by target; each tells for how many seconds its target stood.
 
     None of a target is done before it is `due` (of the monotonic clock).
-
-    What `spare` does is of use while nobody's turn has come: see `rest`.
 
     For `idle` times as long nobody's turn follows: steps that are hardly more than a freeze would keep a
     processor at real-time priority all the time, and those who wait for it come in just then, for long.
@@ -41,7 +37,7 @@ def take_turns(
         number = min(left, key=rested.__getitem__)
         faults.point("turn")
         now = time.monotonic()
-        rest(max(rested[number], idle_until) - now, breathe, spare)
+        rest(max(rested[number], idle_until) - now, breathe)
         stood = next(left[number], None)
         if stood is None:
             del left[number]
@@ -50,15 +46,10 @@ def take_turns(
             rested[number], idle_until = now + stood, now + idle * stood
 
 
-def rest(seconds: float, breathe: Callable[[], None], spare: Callable[[float], bool] | None = None) -> None:
-    """Let a target run for so long; others are served, once in any case.
-
-    What there is to do is done, `spare` for so many seconds at most: it says whether there was something.
-    """
+def rest(seconds: float, breathe: Callable[[], None]) -> None:
+    """Let a target run for so long; others are served, once in any case."""
     end = time.monotonic() + seconds
     breathe()
     while (left := end - time.monotonic()) > 0:
-        nap = min(left, _NAP_SECONDS)
-        if spare is None or not spare(max(nap, min(left, _SPARE_SECONDS))):
-            time.sleep(nap)
+        time.sleep(min(left, _NAP_SECONDS))
         breathe()

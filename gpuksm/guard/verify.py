@@ -6,15 +6,13 @@ while or after it is read here is marked by the kernel and drops out at the
 commit's validation, so torn reads harm nobody.  Targets run on meanwhile; they are
 only read.
 
-Comparing goes on in steps, between which anything else may be done.
-
 If we die here: slots may be filled that nobody maps; the next reclaim frees them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from gpuksm.guard import faults
 from gpuksm.guard.store import Store
@@ -26,30 +24,6 @@ CHUNK_PAGES = 128  # 512 KiB: both sides of a comparison stay in the second-leve
 _MAX_SEGMENTS = 512
 # What was read of a target, and what it is compared with.
 THEIRS, SLOTS, _ZEROS = PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES), PageBuffer(CHUNK_PAGES)
-
-
-_Answer = TypeVar("_Answer")
-# Something to compare: each step takes a tenth of a millisecond or so, and the answer comes at the end.
-Steps: TypeAlias = Generator[None, None, _Answer]
-
-
-class _Window:
-    """Slots that several targets want, read into the buffer when it does not have them (any more)."""
-
-    _there: _Window | None = None
-
-    def __init__(self, store: Store, base: int, slots: int) -> None:
-        self._store, self.base, self._slots = store, base, slots
-
-    def read(self) -> None:
-        if _Window._there is not self:
-            self._store.read(self.base, SLOTS.view[: self._slots * PAGE_SIZE])
-            _Window._there = self
-
-
-def forget_slots() -> None:
-    """Something else comes into the buffer for slots."""
-    _Window._there = None
 
 
 class Piece(NamedTuple):
@@ -91,8 +65,8 @@ def fill_replica(store: Store, tid: int, addr: int, pages: int, slot: int) -> in
 
 
 def verify(
-    store: Store, tids: Mapping[int, int], wanted: Mapping[int, list[Piece]]
-) -> Steps[dict[int, list[Piece] | None]]:
+    store: Store, tids: Mapping[int, int], wanted: Mapping[int, list[Piece]], breathe: Callable[[], None]
+) -> dict[int, list[Piece] | None]:
     """The parts of `wanted` (pieces by target) whose every byte equals their slots, or is zero.
 
     `tids` are the threads through which each target is read; None for a target that is gone.
@@ -105,16 +79,17 @@ def verify(
         dense = span <= CHUNK_PAGES and span <= 2 * sum(
             piece.pages for pieces in window.values() for piece in pieces
         )
-        shared = _Window(store, base, span) if dense else None
+        if dense:
+            store.read(base, SLOTS.view[: span * PAGE_SIZE])
         for number, pieces in window.items():
             found = equal_parts[number]
             if found is None:
                 continue
             try:
-                found.extend(_compare(store, tids[number], pieces, shared))
+                found.extend(_compare(store, tids[number], pieces, base if dense else None))
             except ProcessLookupError:
                 equal_parts[number] = None
-            yield
+        breathe()
     return equal_parts
 
 
@@ -175,14 +150,12 @@ def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _compare(store: Store, tid: int, group: list[Piece], window: _Window | None) -> Iterator[Piece]:
-    """Equal parts of `group`, whose slots are those of `window`; None: they are to be read for it alone."""
-    if window is not None:
-        window.read()
+def _compare(store: Store, tid: int, group: list[Piece], base: int | None) -> Iterator[Piece]:
+    """Equal parts of `group`; slots from `base` on are in the second buffer, None: they are to be read."""
     while group:
         got = _read(tid, [(piece.addr, piece.pages * PAGE_SIZE) for piece in group]) // PAGE_SIZE
         readable, rest = _readable(group, got)
-        if window is None:
+        if base is None:
             _read_slots(store, readable)
         at = 0
         for part in _in_line(readable):
@@ -190,7 +163,7 @@ def _compare(store: Store, tid: int, group: list[Piece], window: _Window | None)
             if part[0].slot is None:
                 other = _ZEROS.address
             else:
-                other = SLOTS.address + (at if window is None else part[0].slot - window.base) * PAGE_SIZE
+                other = SLOTS.address + (at if base is None else part[0].slot - base) * PAGE_SIZE
             if equal(THEIRS.address + at * PAGE_SIZE, other, pages * PAGE_SIZE):
                 yield from part
                 at += pages
@@ -252,7 +225,6 @@ def bytes_read(read: Callable[[], int]) -> int:
 
 
 def _read_slots(store: Store, pieces: list[Piece]) -> None:
-    forget_slots()
     at, index = 0, 0
     while index < len(pieces):
         piece = pieces[index]

@@ -10,17 +10,8 @@ from gpuksm.linux import procfs
 
 def newest_pid() -> int:
     """The id of the newest thread of our pid namespace: last field of /proc/loadavg (proc(5))."""
-    return int(_load()[4])
-
-
-def processor_is_idle() -> bool:
-    """Whether fewer threads run, or could, than there are processors, we included (proc(5), loadavg)."""
-    return int(_load()[3].partition(b"/")[0]) <= (os.cpu_count() or 1)
-
-
-def _load() -> list[bytes]:
     with open("/proc/loadavg", "rb") as file:
-        return file.read().split()
+        return int(file.read().split()[4])
 
 
 def process_of_thread(tid: int) -> int | None:

@@ -50,26 +50,6 @@ def test_an_agent_that_goes_without_reading_what_it_was_sent() -> None:
     agent.close()
 
 
-def test_what_fails_meanwhile_does_not_leave_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target stands still: it must not go on before its agent is done."""
-    did: list[str] = []
-    ours, theirs = socket.socketpair()
-    agent = Agent(os.getpid(), threading.get_native_id(), 0x10000, ours)
-    monkeypatch.setattr(agent, "start", lambda _: did.append("start"))
-    monkeypatch.setattr(agent, "finish", lambda *_: did.append("finish"))
-    table = Table()
-    table.add(39)
-
-    def failing() -> None:
-        did.append("meanwhile")
-        raise ZeroDivisionError
-
-    with theirs, pytest.raises(ZeroDivisionError):
-        agent.perform(table, meanwhile=failing)
-    assert did == ["start", "meanwhile", "finish"]
-    agent.close()
-
-
 # On "wait" its thread cannot be stopped until somebody reads an event of its userfaultfd.
 _UNSTOPPABLE = (
     LIBC

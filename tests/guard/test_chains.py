@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuksm.errors import TargetGone
 from gpuksm.guard import chain_commit, comparing
 from gpuksm.guard.chain_commit import _Todo, _within, _without_last_page
 from gpuksm.guard.chains import Chain
@@ -132,31 +130,6 @@ def test_a_long_run_is_cut_as_pieces_are() -> None:
     target: Any = SimpleNamespace(query=lambda _address: None)
     assert list(chain_commit.steps(committer, target, [Chain(3, ADDR, array("Q", range(500)))])) == [0.0]
     assert taken == [Piece(3, ADDR, 500, 0)]
-
-
-def test_what_is_next_is_prepared_once_and_what_fails_then_does_so_in_its_own_turn() -> None:
-    """Another target stands still meanwhile, whose commit must not end for it."""
-    asked: list[int] = []
-
-    def by_pieces(_target: Any, pieces: list[Piece]) -> Iterator[float]:
-        yield float(pieces[0].record)
-
-    def query(address: int) -> None:
-        asked.append(address)
-        if len(asked) == 3:
-            raise TargetGone("gone")
-
-    committer: Any = SimpleNamespace(pace=Pace(), max_pause_us=100, steps=by_pieces)
-    target: Any = SimpleNamespace(query=query)
-    chains = [Chain(number, ADDR + (number << 30), array("Q", range(500))) for number in range(3)]
-    steps = chain_commit.steps(committer, target, chains)
-    assert next(steps) == 0.0
-    assert [committer.prepare(), committer.prepare(), len(asked)] == [True, False, 2]
-    assert next(steps) == 1.0
-    assert len(asked) == 2, "prepared twice"
-    assert [committer.prepare(), committer.prepare()] == [True, False]
-    with pytest.raises(TargetGone):
-        next(steps)
 
 
 def _content(key: int) -> bytes:

@@ -7,7 +7,6 @@ import random
 import signal
 import socket
 import subprocess
-import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from gpuksm import wire
 from gpuksm.guard import comparer, comparers, comparing, faults, verify
 from gpuksm.guard.chains import Chain
 from gpuksm.guard.commit import Outcome
-from gpuksm.guard.comparer import PAGES as PAGES_KIND
 from gpuksm.guard.comparer import PIECES
 from gpuksm.guard.comparers import MOST, Job
 from gpuksm.guard.request import Planned
@@ -218,96 +216,12 @@ def test_one_that_fails_at_its_third_job(store: Store, monkeypatch: pytest.Monke
         assert len(host.comparers) == 0
 
 
-def _mixed(host: Host, memory: Memory) -> tuple[list[Job], list[Job]]:
-    """What is begun: some pages of each of two threads, twice over."""
-    tids = {1: os.getpid(), 2: threading.get_native_id()}
-    pieces = [Piece(0, memory.at(0), PAGES, memory.first)]
-    jobs = [Job(PIECES, [number], tids, {number: pieces}) for number in (1, 2)]
-    slots = array("Q", range(memory.first, memory.first + PAGES))
-    part = (os.getpid(), memory.at(0), array("I", range(PAGES)), slots)
-    jobs += [Job(PAGES_KIND, [number], [part]) for number in (1, 2)]
-    host.comparers.begin(jobs)
-    return [jobs[0], jobs[2]], [jobs[1], jobs[3]]
-
-
-def _answers(jobs: list[Job], memory: Memory) -> None:
-    same = bytes(page not in memory.wrong for page in range(PAGES))
-    pages = [(piece.addr, at) for piece in jobs[0].answer.popitem()[1] for at in range(piece.pages)]
-    assert len(pages) == sum(same)
-    assert jobs[1].answer == [same]
-
-
-def test_what_is_begun_goes_on_while_an_agent_works_but_for_what_reads_by_it(store: Store) -> None:
-    memory, host = Memory(store), _host(store)
-    of_one, of_two = _mixed(host, memory)
-    while not all(job.answer for job in of_one):
-        host.comparers.meanwhile(2, 0.0005)
-        assert not any(job.begun or job.answer for job in of_two), "it would wait for the other's mmap"
-    host.comparers.meanwhile(2, 10)
-    assert not any(job.begun for job in of_two)
-    while host.comparers.spare(0.0005):  # nobody works: all of it
-        pass
-    assert all(job.answer for job in of_two)
-    host.comparers.finish([*of_one, *of_two], lambda: pytest.fail("nothing was left"))
-    for jobs in (of_one, of_two):
-        _answers(jobs, memory)
-
-
-def test_what_was_begun_in_steps_is_finished_from_there(store: Store) -> None:
-    """Others compare in between, with the same buffers."""
-    memory, host = Memory(store), _host(store)
-    of_one, of_two = _mixed(host, memory)
-    for job in (*of_one, *of_two, *of_one, *of_two):
-        job.step(store)
-    assert all(job.begun for job in (*of_one, *of_two))
-    host.comparers.finish([*of_two, *of_one], host.breathe)
-    for jobs in (of_one, of_two):
-        _answers(jobs, memory)
-    assert not host.comparers.spare(1), "nothing is left that was begun"
-
-
-def test_no_step_is_begun_that_would_take_too_long(store: Store) -> None:
-    host = _host(store)
-    steps: list[float] = []
-
-    class Slow(Job):
-        def step(self, store: Store) -> None:
-            steps.append(time.monotonic())
-            time.sleep(0.002)
-            self._steps = self._steps or comparer.steps(store, PIECES, ({}, {}))
-
-    host.comparers.begin([Slow(PIECES, [1], {}, {})])
-    host.comparers.spare(0.1)
-    steps.clear()
-    host.comparers.spare(0.001)
-    assert steps == [], "it takes twice that"
-    host.comparers.spare(0.005)
-    assert 1 <= len(steps) <= 2
-    for _ in range(100):  # after one that took long, as when a processor was taken away
-        host.comparers.spare(0.001)
-    assert steps[2:], "never again"
-
-
-def test_what_fails_ahead_does_so_when_it_is_finished(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, host = Memory(store), _host(store)
-    _, of_two = _mixed(host, memory)
-    for name, value in {"_POINT": "memory-read", "_NTH": "*", "_ACTION": "error"}.items():
-        monkeypatch.setattr(faults, name, value)
-    assert host.comparers.spare(10)
-    assert not any(job.begun for job in of_two)
-    with pytest.raises(OSError, match="fault"):
-        host.comparers.finish(of_two, host.breathe)
-    monkeypatch.undo()
-    host.comparers.finish(of_two, host.breathe)
-    _answers(of_two, memory)
-
-
 def test_a_job_that_fits_no_message_is_done_here(store: Store) -> None:
     memory, host = Memory(store), _host(store)
     pieces = [Piece(record, memory.at(1), 1, memory.first + 1) for record in range(30_000)]
     good = 1 not in memory.wrong
     with host.helped(1):
-        jobs = [Job(PIECES, [os.getpid()], {1: os.getpid()}, {1: pieces}) for _ in range(2)]
+        jobs = [Job(PIECES, {1: os.getpid()}, {1: pieces}) for _ in range(2)]
         host.comparers.begin(jobs)
         host.comparers.finish(jobs, host.breathe)
         assert [len(job.answer[1]) for job in jobs] == [30_000 * good] * 2

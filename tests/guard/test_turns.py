@@ -61,23 +61,3 @@ def test_others_are_served_while_one_rests() -> None:
     assert len(served) == 1
     rest(0.01, lambda: served.append(None))
     assert len(served) > 3
-
-
-def test_what_there_is_to_do_is_done_while_one_rests() -> None:
-    given: list[float] = []
-    served: list[float] = []
-
-    def spare(seconds: float) -> bool:
-        given.append(seconds)
-        time.sleep(seconds)
-        return len(given) <= 10
-
-    began = time.monotonic()
-    rest(0.02, lambda: served.append(time.monotonic()), spare)
-    assert 0.02 <= time.monotonic() - began < 0.2
-    assert len(given) > 10, "some was done, and looked for again after that"
-    assert max(given) <= 0.002, "others wait for so long"
-    assert len(served) > len(given)
-    given.clear()
-    rest(0.0, lambda: None, spare)
-    assert given == []
