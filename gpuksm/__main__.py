@@ -12,7 +12,13 @@ _WITHOUT = {"--dry-run", "--help", "-h"}
 
 def main() -> NoReturn:
     """The command `gpuksm`."""
-    if sys.argv[1:2] in [[verb] for verb in _WITH_A_GUARD] and not _WITHOUT.intersection(sys.argv):
+    # No descriptor of ours may get the number of a standard stream that is closed.
+    streams = None not in (sys.stdin, sys.stdout, sys.stderr)
+    if (
+        streams
+        and sys.argv[1:2] in [[verb] for verb in _WITH_A_GUARD]
+        and not _WITHOUT.intersection(sys.argv)
+    ):
         from gpuksm import client
 
         client.start_ahead()

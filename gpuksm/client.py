@@ -60,7 +60,7 @@ def start_ahead() -> None:
 
     For a command that will want one and has to load much before; what it costs is lost when it wants none.
     """
-    if not (runtime_dir() / "guard.sock").exists():
+    if not os.path.exists(runtime_dir() / "guard.sock"):
         starting.ahead()
 
 
@@ -118,7 +118,9 @@ class GuardClient:
         if start:
             folder = folder or runtime_dir()
             ensure_runtime_dir(folder)
-            return cls(_connect(folder) or _start(folder))
+            sock = _connect(folder) or _start(folder)
+            starting.dismiss()  # another was quicker
+            return cls(sock)
         found = cls.find(folder)
         if found is None:
             raise errors.GuardError("no guard is running: nothing is registered or merged")
@@ -280,7 +282,6 @@ def _spawn_keeper(folder: Path, log: Path) -> int | None:
     """Start the keeper detached; a pidfd of it, or None when it is already gone."""
     output = _own_file(log, os.O_WRONLY | os.O_APPEND)
     try:
-        os.truncate(output, 0)
         keeper = starting.spawn(folder, output)
         return None if keeper is None else os.pidfd_open(keeper)
     except ProcessLookupError:

@@ -48,7 +48,7 @@ os.dup2(log[0], 1)
 os.dup2(log[0], 2)
 for fd in (null, *log):
     os.close(fd)
-sys.argv[1] = folder.decode()
+sys.argv[1] = os.fsdecode(folder)
 keeper.main()
 """
 _REPLY_SECONDS = 60.0  # where all processors are busy
@@ -100,6 +100,14 @@ def ahead() -> None:
     if _ahead is None:
         with contextlib.suppress(OSError):
             _ahead = Starting()
+
+
+def dismiss() -> None:
+    """What was started ahead is not wanted: it ends."""
+    global _ahead
+    if _ahead is not None:
+        _ahead.end()
+        _ahead = None
 
 
 def spawn(folder: Path, log: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from gpuksm import __main__ as command
 from gpuksm import client, eligibility, errors, starting, writers
 from gpuksm.client import GuardClient
 from gpuksm.linux import procfs
@@ -295,7 +296,54 @@ def test_what_was_started_ahead_and_is_not_wanted_ends_and_leaves_nothing(
     assert not folder.exists()
 
 
-def test_a_successor_needs_no_file_of_the_package(real: Path, tmp_path: Path) -> None:
+def test_what_was_started_ahead_ends_when_another_was_quicker(real: Path) -> None:
+    client.start_ahead()
+    early = _early()
+    code = "from gpuksm.client import GuardClient; GuardClient.connect(start=True)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with GuardClient.connect(start=True):
+        assert starting._ahead is None
+        assert not processes.alive(early)
+
+
+def test_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4uft")
+    monkeypatch.setenv("GPUKSM_RUNTIME_DIR", folder)
+    with GuardClient.connect(start=True) as guard:
+        guard.request("shutdown", force=False)
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "ahead"),
+    [
+        (None, ["scan", "--pid", "1"], True),
+        (None, ["daemon"], True),
+        (None, ["scan", "--dry-run"], False),
+        (None, ["scan", "--help"], False),
+        (None, ["status"], False),
+        (None, [], False),
+        ("stdin", ["scan"], False),
+        ("stdout", ["scan"], False),
+        ("stderr", ["scan"], False),
+    ],
+)
+def test_when_something_is_started_ahead(
+    monkeypatch: pytest.MonkeyPatch, closed: str | None, arguments: list[str], ahead: bool
+) -> None:
+    """Not where a standard stream is closed: no descriptor may get its number, or libraries print there."""
+    did: list[str] = []
+    monkeypatch.setattr(client, "start_ahead", lambda: did.append("ahead"))
+    monkeypatch.setattr("gpuksm.cli.run", lambda: did.append("run"))
+    monkeypatch.setattr(sys, "argv", ["gpuksm", *arguments])
+    if closed is not None:
+        monkeypatch.setattr(sys, closed, None)
+    command.main()
+    assert did == ["ahead"] * ahead + ["run"]
+
+
+def test_a_successor_needs_no_file_of_the_package(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may lie on a file server that hangs, or be replaced, while processes wait for a guard."""
     package = tmp_path / "installed" / "gpuksm"
     shutil.copytree(Path(client.__file__).parent, package)
@@ -307,10 +355,16 @@ def test_a_successor_needs_no_file_of_the_package(real: Path, tmp_path: Path) ->
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     first = int(done.stdout)
+    keeper = procfs.stat(first).ppid
     shutil.rmtree(package)
     os.kill(first, signal.SIGKILL)
-    with GuardClient.connect(start=False) as guard:
-        assert guard.request("hello")[0]["pid"] != first
+    monkeypatch.setattr(client, "REPLY_SECONDS", 20)
+    try:
+        with GuardClient.connect(start=False) as guard:
+            assert guard.request("hello")[0]["pid"] != first
+    except errors.GuardError:
+        os.kill(keeper, signal.SIGKILL)  # it would try for ever
+        raise
 
 
 def test_one_that_was_killed_before_its_word_is_replaced(real: Path) -> None:

@@ -90,12 +90,26 @@ def load() -> bool:
 
     Then each guard tries by itself, and is started again when it fails.
     """
-    with contextlib.suppress(Exception):
+    before = set(sys.modules)
+    try:
         importlib.import_module(_GUARD)
         arch.current()
-        gc.freeze()  # what a collection writes to is no longer shared with the guard
-        return True
-    return False
+    except Exception:
+        for name in set(sys.modules) - before:  # half of one version is no part of another
+            if name.startswith("gpuksm."):
+                del sys.modules[name]
+        return False
+    gc.freeze()  # what a collection writes to is no longer shared with the guard
+    return True
+
+
+def _load_beside_jobs() -> bool:
+    """`load`, while others come first."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    loaded = load()
+    _come_first()
+    return loaded
 
 
 def _listen(folder: Path) -> socket.socket:
@@ -165,11 +179,10 @@ def _start_guard_at_last(folder: Path, kept: dict[str, int], patience: Patience)
 
 def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
     """Take and let go descriptors as the guard says, until it is gone; whether it said that it ends."""
-    loaded = _GUARD in sys.modules
+    loaded, quiet = _GUARD in sys.modules, _QUIET_SECONDS
     while True:
-        if not loaded and not await_readable([link.fileno()], _QUIET_SECONDS):
-            load()
-            loaded = True
+        if not loaded and not await_readable([link.fileno()], quiet):
+            loaded, quiet = _load_beside_jobs(), 10 * quiet
         try:
             data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
         except ConnectionResetError:
@@ -183,6 +196,7 @@ def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
         if tag in kept:
             os.close(kept.pop(tag))
         if fds:
+            os.set_inheritable(fds[0], False)
             kept[tag] = fds[0]
 
 
@@ -200,6 +214,7 @@ def _read_fork(link: socket.socket, kept: dict[str, int], parent: str, child: st
         if data and data[0] == uffd.EVENT_FORK:
             attic.send(queue, number, data[uffd.FORKED])
             kept[child] = fd = int.from_bytes(data[uffd.FORKED], sys.byteorder)
+            os.set_inheritable(fd, False)
     with contextlib.suppress(OSError):  # the guard has just died: its successor is told of the child
         socket.send_fds(link, [data or NOTHING], [] if fd is None else [fd])
 

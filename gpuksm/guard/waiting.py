@@ -66,7 +66,7 @@ def home(folder: Path) -> int:
         folder = folder.resolve()
     # The same path in a container is another folder.
     text = f"{folder}\0{os.readlink('/proc/self/ns/pid')}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:8], "little") >> 1
 
 
 def find(folder: Path) -> dict[str, int]:

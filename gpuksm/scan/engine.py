@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuksm import errors
-from gpuksm.errors import TargetGone
+from gpuksm.errors import NotPermitted, TargetGone
 from gpuksm.hashing import select
 from gpuksm.hashing.protocol import Hasher
 from gpuksm.linux import numa
@@ -245,8 +245,8 @@ def _opened(item: dict[str, Any], checksum: bool, by_node: bool) -> Target:
     try:
         merged = item.get("merged", ())
         target.tracker = Tracker(target.pid, item["regions"], merged, checksum=checksum, by_node=by_node)
-    except TargetGone:
-        target.error = f"TargetGone: process {target.pid} has exited"
+    except (TargetGone, NotPermitted):
+        return target  # it has exited since (its pid may be another's): a normal outcome
     return target
 
 

@@ -344,6 +344,23 @@ REMOVALS = (
         "tests/safety/test_wrong_plans.py",
     ),
     Removal(
+        "a guard that is forked has nothing of its keeper's",
+        "gpuksm/guard/keeper.py",
+        (
+            (
+                '        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - kept:\n',
+                "        for fd in set[int]() - kept:\n",
+            ),
+        ),
+        "tests/guard/test_keeper.py",
+    ),
+    Removal(
+        "what a guard is, loaded before there is need of one",
+        "gpuksm/guard/keeper.py",
+        (("        importlib.import_module(_GUARD)\n        arch.current()\n", "        arch.current()\n"),),
+        "tests/test_client.py",
+    ),
+    Removal(
         "what a failed adoption had made is undone",
         "gpuksm/guard/adoption.py",
         (("            _undo(guard, orphan)\n", ""),),

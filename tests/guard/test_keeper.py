@@ -104,6 +104,49 @@ def test_a_keeper_loads_what_a_guard_is_once_it_is_asked_nothing(monkeypatch: py
     theirs.close()
 
 
+def test_what_is_held_for_a_successor_goes_to_no_other_program(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kept = dict[str, int]()
+    with (tmp_path / "store").open("wb") as store:
+        socket.send_fds(ours, [b"store".ljust(keeper.TAG_BYTES)], [store.fileno()])
+    ours.close()
+    with theirs:
+        assert not keeper._hold(theirs, kept)
+    assert kept.keys() == {"store"}
+    assert not os.get_inheritable(kept["store"])
+    os.close(kept["store"])
+
+
+def test_jobs_come_before_a_keeper_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before them else, and before the agents that a frozen process waits for."""
+    policies: list[int] = []
+
+    def load() -> bool:
+        policies.append(os.sched_getscheduler(0))
+        return False
+
+    monkeypatch.setattr(keeper, "load", load)
+    before = os.sched_getscheduler(0)
+    try:
+        keeper._come_first()
+        first = os.sched_getscheduler(0)
+        assert not keeper._load_beside_jobs()
+        assert os.sched_getscheduler(0) == first
+    finally:
+        os.sched_setscheduler(0, before & ~os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    assert policies == [os.SCHED_OTHER]
+
+
+def test_what_could_not_be_loaded_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of the package may be there when it is tried again."""
+    for name in ("gpuksm.guard.life", "gpuksm.guard.server"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gpuksm.guard.server", None)  # its import fails
+    before = set(sys.modules)
+    assert not keeper.load()
+    assert set(sys.modules) == before
+
+
 _TRYING = """
 import signal, sys
 from pathlib import Path

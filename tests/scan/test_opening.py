@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpuksm.errors import NotPermitted, TargetGone
+from gpuksm.scan import engine as engine_module
 from gpuksm.scan import measure, opening
 from gpuksm.scan.attaching import Armed
 from gpuksm.scan.types import TargetRequest
@@ -113,6 +114,19 @@ def test_one_that_exits_before_it_is_armed_is_left(monkeypatch: Any) -> None:
     assert [target.tracker is None for target in engine.targets] == [True, False]
     assert found.settled == 1001.0
     assert ("look", 1) not in engine.did
+
+
+def test_one_that_exits_before_it_is_taken_is_no_error(monkeypatch: Any) -> None:
+    """Loading what a scan needs takes a while, in which its pid may become another's."""
+    for error in (TargetGone, NotPermitted):
+
+        def tracker(*_: Any, error: type[Exception] = error, **__: Any) -> None:
+            raise error("gone")
+
+        monkeypatch.setattr(engine_module, "Tracker", tracker)
+        item = {"pid": 1, "target": 7, "name": "job", "regions": []}
+        target = engine_module._opened(item, False, False)
+        assert (target.tracker, target.error, target.refusal) == (None, None, None)
 
 
 def test_one_that_has_gone_is_left_and_any_other_failure_ends_it(monkeypatch: Any) -> None:
