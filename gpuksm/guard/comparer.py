@@ -96,9 +96,9 @@ def run(sock: socket.socket, store: Store, guard: int) -> NoReturn:
     with contextlib.suppress(BaseException):
         _shed(sock, store)
         if process.die_with_parent(guard):
-            sock.send(READY)
             process.set_title("gpuksm comparer")
             os.setpriority(os.PRIO_PROCESS, 0, max(_NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+            sock.send(READY)
             _serve(sock, store)
     os._exit(0)
 
