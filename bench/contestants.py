@@ -32,6 +32,20 @@ PEAK_EVERY_SECONDS = 0.02
 Row = dict[str, float]
 
 
+def end_guard(seconds: float = 10.0) -> bool:
+    """End the guard, as soon as it has seen that its processes are gone; whether it has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(GuardError):
+            guard = GuardClient.find()
+            if guard is None:
+                return True
+            with guard:
+                guard.request("shutdown", force=False)
+        time.sleep(0.1)
+    return False
+
+
 @contextlib.contextmanager
 def bytecode_kept() -> Iterator[None]:
     """Have all that is started keep compiled modules, as an installation does, wherever this one runs.
@@ -259,15 +273,8 @@ class Gpuksm:
         """After the end of the processes: end the guard, and see that it has ended."""
         with contextlib.suppress(GuardError, OSError):
             self._find_guard()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(GuardError):
-                guard = GuardClient.find()
-                if guard is None:
-                    return
-                with guard:
-                    guard.request("shutdown", force=False)
-            time.sleep(0.1)
+        if end_guard():
+            return
         for pid in filter(None, (self._keeper, self._guard)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

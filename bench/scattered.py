@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.contestants import end_guard
 from bench.workload import Answering, build
 from gpuksm.client import GuardClient
 
@@ -129,8 +130,8 @@ def main(words: list[str] | None = None) -> int:
                 os.environ["GPUKSM_RUNTIME_DIR"] = str(runtime)
                 row = trial(build(Path(folder), SOURCE), number)
                 print(f"| {' | '.join(f'{value:.1f}' if value % 1 else f'{value:.0f}' for value in row)} |")
-                with GuardClient.connect(start=False) as guard:
-                    guard.request("shutdown", force=False)
+                if not end_guard():
+                    raise SystemExit("the guard does not end")
     finally:
         if before is None:
             os.environ.pop("GPUKSM_RUNTIME_DIR", None)

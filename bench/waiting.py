@@ -27,15 +27,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import kernel_ksm
+from bench.contestants import end_guard
 from bench.workload import Answering, build
-from gpuksm.client import GuardClient
-from gpuksm.errors import GuardError
 
 WORKLOADS = Path(__file__).parent / "workloads"
 MIB = (1024, 4096)
 _BYSTANDER_PAGES = 8192
 _KSM_LIMIT_SECONDS = 120
-_END_SECONDS = 10.0
 _COLUMNS = ("MiB each", "while", "mapping", "not running", "bystander's fork", "its discard")
 
 
@@ -118,20 +116,6 @@ def gpuksm(folder: Path, mib: int, seconds: float) -> None:
             _run("unmerge", *pids)
 
 
-def _end_guard() -> None:
-    """As soon as it has seen that its processes are gone; GuardError where it does not."""
-    deadline = time.monotonic() + _END_SECONDS
-    with GuardClient.connect(start=False) as guard:
-        while True:
-            try:
-                guard.request("shutdown", force=False)
-                return
-            except GuardError:
-                if guard.fileno() < 0 or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-
-
 def ksm(folder: Path, mib: int, full_speed: kernel_ksm.FullSpeed) -> None:
     """The rows of KSM."""
     try:
@@ -164,7 +148,8 @@ def main(words: list[str] | None = None) -> int:
                 runtime.mkdir(mode=0o700)
                 os.environ["GPUKSM_RUNTIME_DIR"] = str(runtime)
                 gpuksm(Path(folder), mib, options.seconds)
-                _end_guard()
+                if not end_guard():
+                    raise SystemExit("the guard does not end")
                 if full_speed is not None:
                     ksm(Path(folder), mib, full_speed)
     finally:

@@ -183,6 +183,7 @@ def _hold(link: socket.socket, kept: dict[str, int]) -> bool:
     while True:
         if not loaded and not await_readable([link.fileno()], quiet):
             loaded, quiet = _load_beside_jobs(), 10 * quiet
+            continue
         try:
             data, fds, _, _ = socket.recv_fds(link, TAG_BYTES, 1)
         except ConnectionResetError:

@@ -67,16 +67,17 @@ def run_scan(
     """Run `options.passes` rounds over `targets` and merge what is equal.
 
     A target that cannot be attached to is reported with its error; when none
-    can, the first one's error is raised.  A target that exits is no error.
+    can, the first one's error is raised.  A target that exits is no error.  When
+    this fails the connection is closed.
     """
-    from gpuksm.scan.attaching import Attaching
+    from gpuksm.scan.attaching import attaching
 
-    with Attaching(client, targets, options) as attaching:
+    with attaching(client, targets, options) as begun:
         if options.hashes_anywhere:
-            attaching.start()
+            begun.start()
         from gpuksm.scan.round import run
 
-        return run(client, attaching, options, progress)
+        return run(client, begun, options, progress)
 
 
 def run_estimate(

@@ -14,8 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpuksm.linux import procfs
 from gpuksm.scan import asking, measure
@@ -98,19 +97,23 @@ class Attaching:
         )
         return Armed(request, held, reply, time.monotonic() if armed else None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Ask for no more; what is being asked ends with the connection, if it has not come by then."""
+    def end(self) -> None:
+        """Ask for no more; what is being asked has an end with the connection, if not before."""
         self._stopped = True
         if self._thread is not None:
-            if kind is not None:
-                with contextlib.suppress(OSError):
-                    self._client.close()
             self._thread.join(_END_SECONDS)
+
+
+@contextlib.contextmanager
+def attaching(
+    client: GuardClient, wanted: Sequence[TargetRequest], options: ScanOptions
+) -> Iterator[Attaching]:
+    """An `Attaching` that ends with what it is for; when that fails the connection is closed."""
+    begun = Attaching(client, wanted, options)
+    try:
+        yield begun
+    except BaseException:
+        client.close()
+        raise
+    finally:
+        begun.end()

@@ -104,6 +104,41 @@ def test_a_keeper_loads_what_a_guard_is_once_it_is_asked_nothing(monkeypatch: py
     theirs.close()
 
 
+def test_what_could_not_be_loaded_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the guard has nothing to say meanwhile."""
+    monkeypatch.delitem(sys.modules, "gpuksm.guard.life")
+    monkeypatch.setattr(keeper, "_QUIET_SECONDS", 0.005)
+    tries: list[float] = []
+
+    def load() -> bool:
+        tries.append(time.monotonic())
+        return len(tries) == 3
+
+    monkeypatch.setattr(keeper, "_load_beside_jobs", load)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        threading.Timer(2.0, ours.close).start()
+        assert not keeper._hold(theirs, {})
+    assert len(tries) == 3
+    assert tries[2] - tries[1] > 5 * (tries[1] - tries[0]) > 0.04
+
+
+def test_one_that_has_lived_is_followed_at_once_and_one_that_dies_young_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now)
+    patience = keeper.Patience()
+    waits = [patience.died() for _ in range(12)]
+    assert waits == sorted(waits)
+    assert 0 < waits[0] < 0.1
+    assert waits[-1] == 2.0
+    now += 1
+    assert patience.died() == 0.0
+    patience.started()
+    assert patience.died() == waits[0]
+
+
 def test_what_is_held_for_a_successor_goes_to_no_other_program(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kept = dict[str, int]()

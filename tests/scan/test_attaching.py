@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -61,8 +62,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-def _attaching(client: Any, pids: list[int]) -> Attaching:
-    return Attaching(client, [TargetRequest(pid) for pid in pids], OPTIONS)
+def _attaching(client: Any, pids: list[int]) -> AbstractContextManager[Attaching]:
+    return attaching.attaching(client, [TargetRequest(pid) for pid in pids], OPTIONS)
 
 
 def test_each_is_measured_before_it_is_attached_to_and_armed_before_the_next(measured: list[int]) -> None:

@@ -7,6 +7,7 @@ each is what a release is checked with.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
@@ -154,6 +155,32 @@ def test_kill_the_keeper(world: World) -> None:
             os.kill(guard, signal.SIGKILL)
             _exercise(victims, turn)
             assert world.guard_pid() != guard
+    _finish(world, victims)
+
+
+def test_the_keeper_is_killed_while_a_guard_that_it_has_just_forked_has_its_lock(world: World) -> None:
+    """That goes with the fork's first lines; until then each keeper that is started finds it taken."""
+    victims = _victims(world)
+    world.scan(*victims)
+    guard, (keeper,) = world.guard_pid(), world.keepers()
+    lock = os.open(world.folder / "keeper.lock", os.O_RDWR)
+    os.kill(keeper, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            assert time.monotonic() < deadline
+    time.sleep(0.5)
+    _exercise(victims, 0)
+    os.close(lock)
+    world.await_other_keeper(keeper)
+    assert world.guard_pid() == guard
+    time.sleep(0.5)
+    os.kill(guard, signal.SIGKILL)
+    _exercise(victims, 1)
+    assert world.guard_pid() != guard
     _finish(world, victims)
 
 
